@@ -1,0 +1,179 @@
+// route: a stable counting sort of the entries by branch.
+#include <cmath>
+
+#include "cpu/parallel.h"
+
+namespace dynmm {
+namespace {
+
+constexpr int64_t kNone = -1;
+constexpr int64_t kFaulty = -2;
+constexpr int64_t kEntriesPerThread = 16 * 1024;
+
+struct Plan {
+  Tensor order, inverse, header;
+};
+
+struct Faults {
+  int64_t count = 0;
+  int64_t first = -1;
+};
+
+// branch_of(n, j) is in [0, branches), kNone or kFaulty. It is called twice per entry, first in
+// row order on whichever thread owns the row, so it may write what the second call reads.
+template <class BranchOf>
+Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t branches,
+                   const BranchOf& branch_of) {
+  const int64_t entries = rows * ranks;
+  Plan plan{empty_vector(like, entries, ScalarType::Int),
+            empty_matrix(like, rows, ranks, ScalarType::Int),
+            empty_vector(like, branches + 3, ScalarType::Int)};
+  auto* order = static_cast<int32_t*>(plan.order.mutable_data_ptr());
+  auto* inverse = static_cast<int32_t*>(plan.inverse.mutable_data_ptr());
+  auto* header = static_cast<int32_t*>(plan.header.mutable_data_ptr());
+
+  const int64_t chunks =
+      entries <= kEntriesPerThread
+          ? 1
+          : std::min<int64_t>(torch::stable::get_num_threads(), entries / kEntriesPerThread);
+  std::vector<int64_t> next(chunks * branches, 0);  // [chunk, branch]: rows, later the next slot
+  std::vector<Faults> faults(chunks);
+  const auto over_chunks = [&](const auto& body) {
+    if (chunks == 1) return body(0, 1);
+    torch::stable::parallel_for(0, chunks, 1, body);
+  };
+
+  over_chunks([&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      int64_t* count = next.data() + c * branches;
+      for (int64_t n = rows * c / chunks; n < rows * (c + 1) / chunks; ++n) {
+        for (int64_t j = 0; j < ranks; ++j) {
+          const int64_t branch = branch_of(n, j);
+          if (branch >= 0) {
+            ++count[branch];
+          } else if (branch == kFaulty && faults[c].count++ == 0) {
+            faults[c].first = n * ranks + j;
+          }
+        }
+      }
+    }
+  });
+
+  int64_t slot = 0;
+  for (int64_t b = 0; b < branches; ++b) {
+    header[b] = static_cast<int32_t>(slot);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t count = next[c * branches + b];
+      next[c * branches + b] = slot;
+      slot += count;
+    }
+  }
+  header[branches] = static_cast<int32_t>(slot);
+  Faults all;
+  for (const Faults& f : faults) {
+    if (all.count == 0) all.first = f.first;
+    all.count += f.count;
+  }
+  header[branches + 1] = static_cast<int32_t>(all.count);
+  header[branches + 2] = static_cast<int32_t>(all.first);
+
+  over_chunks([&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      int64_t* to = next.data() + c * branches;
+      for (int64_t n = rows * c / chunks; n < rows * (c + 1) / chunks; ++n) {
+        for (int64_t j = 0; j < ranks; ++j) {
+          const int64_t branch = branch_of(n, j);
+          const int64_t entry = n * ranks + j;
+          const int64_t where = branch >= 0 ? to[branch]++ : kNone;
+          inverse[entry] = static_cast<int32_t>(where);
+          if (branch >= 0) order[where] = static_cast<int32_t>(entry);
+        }
+      }
+    }
+  });
+  std::fill(order + slot, order + entries, int32_t{-1});
+  return plan;
+}
+
+template <class T>
+Plan route_choice(const Tensor& selection, int64_t rows, int64_t ranks, int64_t branches) {
+  const auto* choice = static_cast<const T*>(selection.const_data_ptr());
+  return counting_sort(selection, rows, ranks, branches, [=](int64_t n, int64_t j) -> int64_t {
+    const int64_t branch = static_cast<int64_t>(choice[n * ranks + j]);
+    return branch >= -1 && branch < branches ? branch : kFaulty;
+  });
+}
+
+Plan route_mask(const Tensor& selection, int64_t rows, int64_t branches) {
+  const auto* mask = static_cast<const bool*>(selection.const_data_ptr());
+  return counting_sort(selection, rows, branches, branches, [=](int64_t n, int64_t j) -> int64_t {
+    return mask[n * branches + j] ? j : kNone;
+  });
+}
+
+// The first of the largest; kFaulty where softmax would be undefined (nan, or no finite maximum).
+template <class T>
+int64_t argmax(const T* logits, int64_t branches) {
+  using Number = Accumulator<T>;
+  int64_t best = 0;
+  Number top = static_cast<Number>(logits[0]);
+  bool ordered = !std::isnan(top);
+  for (int64_t b = 1; b < branches; ++b) {
+    const Number value = static_cast<Number>(logits[b]);
+    ordered &= !std::isnan(value);
+    if (value > top) {
+      top = value;
+      best = b;
+    }
+  }
+  return ordered && std::isfinite(top) ? best : kFaulty;
+}
+
+}  // namespace
+
+// selection: int [N, k] or [N], or bool [N, B]. header: B+1 offsets, number of faults, first fault.
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& selection, int64_t branches) {
+  const int64_t rows = selection.size(0);
+  const int64_t ranks = selection.dim() == 2 ? selection.size(1) : 1;
+  const ScalarType dtype = selection.scalar_type();
+  Plan plan;
+  if (dtype == ScalarType::Bool) {
+    plan = route_mask(as_contiguous(selection), rows, branches);
+  } else if (dtype == ScalarType::Int) {
+    plan = route_choice<int32_t>(as_contiguous(selection), rows, ranks, branches);
+  } else {
+    const Tensor wide =
+        dtype == ScalarType::Long ? selection : torch::stable::to(selection, ScalarType::Long);
+    plan = route_choice<int64_t>(as_contiguous(wide), rows, ranks, branches);
+  }
+  return {plan.order, plan.inverse, plan.header};
+}
+
+// logits: floating [N, B]. Also returns choice int64 [N]; faulty rows choose -1.
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_argmax(const Tensor& logits) {
+  const int64_t rows = logits.size(0), branches = logits.size(1);
+  const Tensor scores = as_contiguous(logits);
+  const Tensor choice = empty_vector(logits, rows, ScalarType::Long);
+  auto* chosen = static_cast<int64_t*>(choice.mutable_data_ptr());
+  Plan plan;
+  std::vector<uint8_t> seen(rows, 0);
+  visit_dtype(logits.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = static_cast<const T*>(scores.const_data_ptr());
+    plan = counting_sort(logits, rows, 1, branches, [&](int64_t n, int64_t) -> int64_t {
+      if (seen[n]) return chosen[n];
+      seen[n] = 1;
+      const int64_t branch = argmax(values + n * branches, branches);
+      chosen[n] = branch == kFaulty ? kNone : branch;
+      return branch;
+    });
+  });
+  return {choice, plan.order, plan.inverse, plan.header};
+}
+
+}  // namespace dynmm
+
+STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
+  m.impl("route", TORCH_BOX(&dynmm::route));
+  m.impl("route_argmax", TORCH_BOX(&dynmm::route_argmax));
+}

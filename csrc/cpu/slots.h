@@ -1,0 +1,58 @@
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace dynmm {
+
+// Where each slot's row lies: outputs[i] holds the slots [starts[i], starts[i] + rows), ascending.
+class Slots {
+ public:
+  // Every output is brought to `layout`, that of outputs[0], so that rows match byte for byte.
+  Slots(const std::vector<Tensor>& outputs, const std::vector<int64_t>& starts,
+        const RowLayout& layout)
+      : starts_(starts) {
+    for (const Tensor& output : outputs) {
+      const Tensor rows = in_layout(output, layout);
+      bases_.push_back(static_cast<const char*>(rows.const_data_ptr()));
+      strides_.push_back(row_stride_bytes(rows));
+      sizes_.push_back(rows.size(0));
+      kept_.push_back(rows);
+    }
+  }
+
+  // nullptr: no output holds this slot.
+  const char* row(int64_t slot) const {
+    if (slot < 0) return nullptr;
+    const auto after = starts_.size() <= 8
+                           ? std::find_if(starts_.begin(), starts_.end(),
+                                          [slot](int64_t start) { return start > slot; })
+                           : std::upper_bound(starts_.begin(), starts_.end(), slot);
+    if (after == starts_.begin()) return nullptr;
+    const size_t i = static_cast<size_t>(after - starts_.begin()) - 1;
+    const int64_t local = slot - starts_[i];
+    return local < sizes_[i] ? bases_[i] + local * strides_[i] : nullptr;
+  }
+
+ private:
+  static Tensor in_layout(const Tensor& output, const RowLayout& layout) {
+    const auto strides = output.strides();
+    const auto sizes = output.sizes();
+    bool same = true;
+    for (size_t d = 1; d < sizes.size(); ++d) {
+      same &= sizes[d] <= 1 || strides[d] == layout.strides[d];
+    }
+    if (same) return output;
+    Tensor copy = empty_rows(output, output.size(0), layout);
+    return torch::stable::copy_(copy, output);
+  }
+
+  const std::vector<int64_t>& starts_;
+  std::vector<const char*> bases_;
+  std::vector<int64_t> strides_;
+  std::vector<int64_t> sizes_;
+  std::vector<Tensor> kept_;  // keeps copies alive
+};
+
+}  // namespace dynmm

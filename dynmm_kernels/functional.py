@@ -1,0 +1,469 @@
+"""The functional floor: route, gather, combine. Validation happens here, once; so does autograd.
+
+gather and combine are each other's transpose, weighted or not, and the gradient of either's
+weights is `row_dots`; the three are closed under differentiation, so derivatives of any order are
+exact and run on the same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops, tree
+from .plan import RoutingPlan
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LIMIT = 2**31 - 1
+
+
+def route(selection: Tensor, num_branches: int) -> RoutingPlan:
+    """Sorts samples by the branch they chose.
+
+    Args:
+        selection: integer [N] or [N, k], each value a branch in 0..B-1 or -1 for no branch; or
+            bool [N, B], True where the sample takes the branch.
+        num_branches: B.
+
+    Raises:
+        TypeError: `selection` is neither integer nor bool.
+        ValueError: wrong shape, or a value outside -1..B-1 (on a GPU it is raised when the counts
+            are first read).
+    """
+    if not isinstance(selection, Tensor):
+        raise TypeError(f"route: selection must be a tensor; got {type(selection).__name__}")
+    if num_branches < 1:
+        raise ValueError(f"route: num_branches must be at least 1; got {num_branches}")
+    shape = tuple(selection.shape)
+    if selection.dtype == torch.bool:
+        if len(shape) != 2 or shape[1] != num_branches:
+            raise ValueError(
+                f"route: a bool mask must have shape [N, num_branches] = [N, {num_branches}]; "
+                f"got {list(shape)}"
+            )
+    elif selection.dtype not in _INTEGERS:
+        raise TypeError(
+            f"route: selection must be integer (branch indices) or bool (a mask); got "
+            f"{selection.dtype}. For logits, route their argmax(dim=1)"
+        )
+    elif len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] == 0):
+        raise ValueError(f"route: selection must have shape [N] or [N, k>=1]; got {list(shape)}")
+    if selection.numel() >= _LIMIT:
+        raise ValueError(f"route: at most 2**31 - 2 entries (N*k); got {selection.numel()}")
+    plan = RoutingPlan(*ops.kernels().route(selection, num_branches), num_branches)
+    if selection.device.type == "cpu":
+        check_choice(plan, selection)
+    return plan
+
+
+def check_choice(plan: RoutingPlan, selection: Tensor) -> None:
+    """Raises ValueError for the first value of `selection` that names no branch."""
+    faults, first = plan.faults
+    if faults:
+        row = first // plan.ranks
+        raise ValueError(
+            f"route: a choice must be in 0..{plan.num_branches - 1}, or -1 for no branch; got "
+            f"{int(selection.flatten()[first])} in row {row} ({faults} such in all)"
+        )
+
+
+def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+    """Sorts samples by their largest logit (ties: the first branch), in one pass.
+
+    Args:
+        logits: floating [N, B].
+
+    Returns:
+        choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
+        maximum) count as `plan.faults` and choose -1.
+    """
+    choice, *parts = ops.kernels().route_argmax(logits)
+    return choice, RoutingPlan(*parts, logits.shape[1])
+
+
+def route_complement(plan: RoutingPlan, mask: Tensor) -> RoutingPlan:
+    """The plan of a mask that holds exactly what top-1 `plan`, with no sample left out, does not.
+
+    Its offsets follow from those of `plan`, so the host knows them without another copy.
+    """
+    complement = RoutingPlan(*ops.kernels().route(mask, plan.num_branches), plan.num_branches)
+    starts = [b * plan.num_rows - start for b, start in enumerate(plan.starts)]
+    complement.__dict__["host_header"] = (*starts, 0, -1)
+    return complement
+
+
+def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
+    """Each branch's own rows.
+
+    Args:
+        plan: from `route`.
+        tensors: a tensor [N, ...] or a pytree of such; None, numbers, 0-dim tensors and
+            `Shared` tensors pass through.
+
+    Returns:
+        A list over the branches: the same pytree with leaves [n_b, ...]. Memory format is kept.
+
+    Raises:
+        ValueError: a tensor's dim 0 is not N, or it is on another device than the plan.
+    """
+    leaves, spec = tree.flatten(tensors)
+    tree.batch_size(leaves, "gather")
+    rows = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    for i in rows:
+        _check_rows("gather", leaves[i], plan)
+    branches = range(plan.num_branches)
+    sources = [leaves[i] for i in rows]
+    gathered = iter(
+        gather_rows(plan, sources, [(i, b) for b in branches for i in range(len(rows))])
+    )
+    results = []
+    for _ in branches:
+        own = [leaf.tensor if isinstance(leaf, tree.Shared) else leaf for leaf in leaves]
+        for i in rows:
+            own[i] = next(gathered)
+        results.append(tree.unflatten(own, spec))
+    return results
+
+
+def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = None) -> Any:
+    """Puts the branches' outputs back in sample order: the transpose of `gather`.
+
+    out[n] = sum_j weights[n, j] * outputs[branch(n, j)][row], summed in rank order in fp32 (fp64
+    for fp64), zeros for a sample with no branch.
+
+    Args:
+        plan: the plan the rows were gathered with.
+        outputs: one pytree per branch, leaves [n_b, ...]; None where the branch has no rows.
+        weights: floating [N, k], or [N] where k is 1.
+
+    Raises:
+        ValueError, TypeError: an output whose structure, row count, shape or dtype differs; the
+            message names the branch.
+    """
+    if len(outputs) != plan.num_branches:
+        raise ValueError(
+            f"combine: wanted one output per branch, {plan.num_branches}; got {len(outputs)}"
+        )
+    active = [b for b, n in enumerate(plan.counts) if n]
+    active = active or [b for b, output in enumerate(outputs) if output is not None]
+    if not active:
+        raise ValueError("combine: every output is None, so the shape of the result is unknown")
+    rows = [plan.counts[b] for b in active]
+    columns, spec = check_outputs([outputs[b] for b in active], rows, [str(b) for b in active])
+    starts = [plan.starts[b] for b in active]
+    combined = [combine_rows(plan, column, starts, weights) for column in columns]
+    return tree.unflatten(combined, spec)
+
+
+def check_outputs(
+    outputs: Sequence[Any], rows: Sequence[int], names: Sequence[str]
+) -> tuple[list[tuple[Any, ...]], tree.Spec]:
+    """The leaves of all outputs, one column per leaf, after checking that they fit together.
+
+    Raises:
+        ValueError: another structure, shape or number of rows. TypeError: another dtype.
+    """
+    flat = [tree.flatten(output) for output in outputs]
+    spec = flat[0][1]
+    for name, (leaves, other) in zip(names, flat, strict=True):
+        if other != spec or len(leaves) != len(flat[0][0]):
+            raise ValueError(
+                f"branch {name} returns another structure than branch {names[0]}: "
+                f"{_describe(leaves)} against {_describe(flat[0][0])}"
+            )
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    for position, column in enumerate(columns):
+        first = column[0]
+        for name, leaf, count in zip(names, column, rows, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+                if isinstance(first, Tensor) and first.ndim > 0 or isinstance(leaf, Tensor):
+                    raise ValueError(
+                        f"branch {name}: output {position} must be a tensor of shape [{count}, "
+                        f"...], one row per sample; got {_describe([leaf])}"
+                    )
+                continue
+            if leaf.shape[0] != count:
+                raise ValueError(
+                    f"branch {name}: output {position} must have {count} rows, one per sample it "
+                    f"received; got shape {list(leaf.shape)}"
+                )
+            if leaf.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"branch {name}: output {position} has rows of shape {list(leaf.shape[1:])}, "
+                    f"those of branch {names[0]} have {list(first.shape[1:])}; they must be equal"
+                )
+            if leaf.dtype != first.dtype and not torch.is_autocast_enabled(leaf.device.type):
+                raise TypeError(
+                    f"branch {name}: output {position} is {leaf.dtype}, that of branch "
+                    f"{names[0]} is {first.dtype}; branches must agree on the dtype"
+                )
+    return columns, spec
+
+
+def gather_rows(
+    plan: RoutingPlan,
+    sources: list[Tensor],
+    moves: Sequence[tuple[int, int]],
+    weights: Tensor | None = None,
+) -> list[Tensor]:
+    """For each move (source, branch): that source's rows of that branch, all in one call."""
+    starts = plan.starts
+    begin = [starts[branch] for _, branch in moves]
+    end = [starts[branch + 1] for _, branch in moves]
+    return _gather(plan, sources, [source for source, _ in moves], begin, end, weights)
+
+
+def combine_rows(
+    plan: RoutingPlan, outputs: Sequence[Any], starts: list[int], weights: Tensor | None = None
+) -> Any:
+    """One leaf of every active branch, back in sample order."""
+    first = outputs[0]
+    if not isinstance(first, Tensor):
+        return first
+    outputs = _same_dtype(outputs)
+    if weights is None and plan.ranks == 1:
+        return _combine(plan, outputs, starts, None)
+    if first.dtype == torch.bool:
+        raise TypeError("combine: bool outputs cannot be summed; return them as integers")
+    if weights is not None:
+        weights = _check_weights(weights, plan, first.dtype)
+    return _combine(plan, outputs, starts, weights)
+
+
+def combine_selected(
+    plan: RoutingPlan,
+    outputs: Sequence[Any],
+    starts: list[int],
+    probs: Tensor,
+    others: Sequence[Any],
+    other_starts: list[int],
+    index: Tensor,
+) -> Any:
+    """combine_rows of a top-1 plan, which also sends the gate its straight-through gradient.
+
+    d loss / d probs[n, m] = <d loss / d out[n], row(index[n, m])>, where the rows are those of
+    `outputs` and then those of `others`, at the slots `starts` and `other_starts`; -1: no row, no
+    gradient. The rows themselves get no gradient on this way: in the forward pass the weight of a
+    selected branch is one, of any other zero.
+    """
+    first = outputs[0]
+    if not isinstance(first, Tensor):
+        return first
+    outputs = _same_dtype(outputs)
+    if not first.is_floating_point() and not first.is_complex():
+        return _combine(plan, outputs, starts, None)
+    others = [other.to(outputs[0].dtype) for other in others]
+    return _CombineSelected.apply(
+        plan, starts, other_starts, index, len(outputs), probs, *outputs, *others
+    )
+
+
+def touch(output: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """`output`, with `tensors` in its graph: they receive gradients of exactly zero, not None."""
+    return _Touch.apply(output, *tensors)
+
+
+def _gather(
+    plan: RoutingPlan,
+    sources: list[Tensor],
+    index: list[int],
+    starts: list[int],
+    stops: list[int],
+    weights: Tensor | None,
+) -> list[Tensor]:
+    if torch.is_grad_enabled() and _any_requires_grad(sources, weights):
+        return list(_GatherRows.apply(plan, index, starts, stops, weights, *sources))
+    repeated = [sources[i] for i in index]
+    return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks, weights)
+
+
+def _combine(
+    plan: RoutingPlan, outputs: Sequence[Tensor], starts: list[int], weights: Tensor | None
+) -> Tensor:
+    if torch.is_grad_enabled() and _any_requires_grad(outputs, weights):
+        return _CombineRows.apply(plan, starts, weights, *outputs)
+    return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
+
+
+def _row_dots(
+    rows: Tensor, outputs: Sequence[Tensor], starts: list[int], plan: RoutingPlan
+) -> Tensor:
+    if torch.is_grad_enabled() and _any_requires_grad(outputs, rows):
+        return _RowDots.apply(plan, starts, rows, *outputs)
+    return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, index, starts, stops, weights, *sources):
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.index, ctx.starts = plan, index, starts
+        ctx.save_for_backward(weights, *(sources if weights is not None else ()))
+        ctx.num_sources = len(sources)
+        repeated = [sources[i] for i in index]
+        gathered = ops.kernels().gather_rows(
+            repeated, starts, stops, plan.order, plan.ranks, weights
+        )
+        fixed = [
+            out
+            for out, i in zip(gathered, index, strict=True)
+            if not (weights is not None or sources[i].requires_grad) or not _differentiable(out)
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(gathered)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weights, *sources = ctx.saved_tensors
+        source_grads: list[Tensor | None] = []
+        weight_grad = None
+        for i in range(ctx.num_sources):
+            own = [m for m, of in enumerate(ctx.index) if of == i and grads[m] is not None]
+            own.sort(key=lambda m: ctx.starts[m])
+            parts, starts = [grads[m] for m in own], [ctx.starts[m] for m in own]
+            wanted = ctx.needs_input_grad[5 + i] and parts
+            source_grads.append(_combine(ctx.plan, parts, starts, weights) if wanted else None)
+            if ctx.needs_input_grad[4] and parts:
+                dots = _row_dots(sources[i], parts, starts, ctx.plan)
+                weight_grad = dots if weight_grad is None else weight_grad + dots
+        return None, None, None, None, weight_grad, *source_grads
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, starts, weights, *outputs):
+        ctx.plan, ctx.starts = plan, starts
+        ctx.stops = [start + out.shape[0] for start, out in zip(starts, outputs, strict=True)]
+        ctx.save_for_backward(weights, *(outputs if weights is not None else ()))
+        return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, *outputs = ctx.saved_tensors
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
+        grads: list[Tensor | None] = [None] * len(ctx.starts)
+        if wanted:
+            starts = [ctx.starts[i] for i in wanted]
+            stops = [ctx.stops[i] for i in wanted]
+            rows = _gather(ctx.plan, [grad], [0] * len(wanted), starts, stops, weights)
+            for i, row_grad in zip(wanted, rows, strict=True):
+                grads[i] = row_grad
+        dots = _row_dots(grad, outputs, ctx.starts, ctx.plan) if ctx.needs_input_grad[2] else None
+        return None, None, dots, *grads
+
+
+class _RowDots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, starts, rows, *outputs):
+        ctx.plan, ctx.starts = plan, starts
+        ctx.save_for_backward(rows, *outputs)
+        return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, *outputs = ctx.saved_tensors
+        stops = [start + out.shape[0] for start, out in zip(ctx.starts, outputs, strict=True)]
+        row_grad = (
+            _combine(ctx.plan, outputs, ctx.starts, grad) if ctx.needs_input_grad[2] else None
+        )
+        grads: Sequence[Tensor | None] = [None] * len(outputs)
+        if any(ctx.needs_input_grad[3:]):
+            grads = _gather(ctx.plan, [rows], [0] * len(outputs), ctx.starts, stops, grad)
+        return None, None, row_grad, *grads
+
+
+class _CombineSelected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, starts, other_starts, index, num_outputs, probs, *rows):
+        outputs = rows[:num_outputs]
+        ctx.plan, ctx.starts, ctx.all_starts = plan, starts, [*starts, *other_starts]
+        ctx.probs_dtype = probs.dtype
+        ctx.save_for_backward(index, *(row.detach() for row in rows))
+        return ops.kernels().combine_rows(outputs, starts, plan.inverse, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        index, *rows = ctx.saved_tensors
+        kernels = ops.kernels()
+        num_outputs = len(ctx.starts)
+        stops = [s + row.shape[0] for s, row in zip(ctx.starts, rows[:num_outputs], strict=True)]
+        grads = kernels.gather_rows(
+            [grad] * num_outputs, ctx.starts, stops, ctx.plan.order, 1, None
+        )
+        dots = kernels.row_dots(grad, rows, ctx.all_starts, index).to(ctx.probs_dtype)
+        return None, None, None, None, None, dots, *grads, *[None] * (len(rows) - num_outputs)
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, *tensors):
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        zeros = [
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in ctx.like
+        ]
+        return grad, *zeros
+
+
+def _any_requires_grad(tensors: Sequence[Tensor], other: Tensor | None) -> bool:
+    if other is not None and other.requires_grad:
+        return True
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Under autocast branches may end in different dtypes; the widest of them holds all."""
+    dtype = outputs[0].dtype
+    if all(output.dtype == dtype for output in outputs):
+        return outputs
+    for output in outputs:
+        dtype = torch.promote_types(dtype, output.dtype)
+    return [output.to(dtype) for output in outputs]
+
+
+def _check_rows(op: str, tensor: Tensor, plan: RoutingPlan) -> None:
+    if tensor.shape[0] != plan.num_rows:
+        raise ValueError(
+            f"{op}: the plan routes {plan.num_rows} samples; got a tensor of shape "
+            f"{list(tensor.shape)}. Wrap tensors that are not per sample in Shared(tensor)"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: only strided tensors can be routed; got {tensor.layout}")
+    if tensor.device != plan.order.device:
+        raise ValueError(f"{op}: the plan is on {plan.order.device}, a tensor on {tensor.device}")
+
+
+def _check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    if not weights.is_floating_point():
+        raise TypeError(f"combine: weights must be floating; got {weights.dtype}")
+    if not dtype.is_floating_point and not dtype.is_complex:
+        raise TypeError(f"combine: outputs of {dtype} cannot be weighted; return floating tensors")
+    wanted = (plan.num_rows, plan.ranks)
+    if weights.ndim == 1 and plan.ranks == 1:
+        weights = weights.unsqueeze(1)
+    if tuple(weights.shape) != wanted:
+        raise ValueError(
+            f"combine: weights must have shape [N, k] = {list(wanted)}; got {list(weights.shape)}"
+        )
+    return weights.to(ops.weight_dtype(dtype))
+
+
+def _describe(leaves: Sequence[Any]) -> str:
+    parts = [
+        f"tensor{list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+        for leaf in leaves
+    ]
+    return f"({', '.join(parts)})"

@@ -1,0 +1,128 @@
+"""Branch: a network, the modalities it reads, its name and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Selector = str | int | Sequence[str | int] | Callable[..., Any] | None
+
+
+class Branch(nn.Module):
+    """A network that runs on the samples routed to it, unmodified.
+
+    Args:
+        module: any `nn.Module`.
+        inputs: the modalities it reads, so that only those are gathered.
+            None: the arguments of the fusion, as they are.
+            Keys: entries of the one dict argument, passed as positional arguments in this order.
+            Positions: of the arguments, or of the one list or tuple where that is the only one.
+            A callable: called with the arguments; a tuple it returns is splatted, anything else
+            is one argument.
+        name: used in messages and tables; default: its position or key in the fusion.
+        cost: per sample, in any unit (multiply-accumulates, ms), for `Routing` and `resource_loss`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Selector = None,
+        name: str | None = None,
+        cost: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Branch: module must be an nn.Module; got {type(module).__name__}")
+        if isinstance(inputs, (str, int)):
+            inputs = [inputs]
+        self.module = module
+        self.inputs = inputs
+        self.name = name
+        self.cost = cost
+        self._norms = _batch_norms(module)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*self.select(inputs))
+
+    def train(self, mode: bool = True) -> Branch:
+        super().train(mode)
+        self._norms = _batch_norms(self.module)  # layers may have been replaced since
+        return self
+
+    def extra_repr(self) -> str:
+        known = {"name": self.name, "inputs": self.inputs, "cost": self.cost}
+        return ", ".join(f"{key}={value}" for key, value in known.items() if value is not None)
+
+    @property
+    def label(self) -> str:
+        return repr(self.name)
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
+        return any(norm.training or norm.running_mean is None for norm in self._norms)
+
+    def select(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The positional arguments of the module, out of those of the fusion.
+
+        Raises:
+            ValueError: a modality that the arguments do not have.
+        """
+        wanted = self.inputs
+        if wanted is None:
+            return inputs
+        if callable(wanted):
+            selected = wanted(*inputs)
+            return selected if type(selected) is tuple else (selected,)
+        pack = inputs[0] if len(inputs) == 1 else inputs
+        if isinstance(pack, Mapping):
+            for key in wanted:
+                if key not in pack:
+                    raise ValueError(
+                        f"branch {self.label} reads modality {key!r}; the inputs have "
+                        f"{', '.join(map(repr, pack))}"
+                    )
+            return tuple(pack[key] for key in wanted)
+        if isinstance(pack, Tensor) or not isinstance(pack, (list, tuple)):
+            pack = inputs
+        for key in wanted:
+            if not isinstance(key, int):
+                raise ValueError(
+                    f"branch {self.label} reads modality {key!r} by name, so the fusion must be "
+                    f"called with one dict; got {', '.join(type(x).__name__ for x in inputs)}"
+                )
+            if not -len(pack) <= key < len(pack):
+                raise ValueError(
+                    f"branch {self.label} reads modality {key}; there are {len(pack)} inputs"
+                )
+        return tuple(pack[key] for key in wanted)  # type: ignore[index]
+
+    def call(self, arguments: tuple[Any, ...]) -> Any:
+        """The module's output; its own exceptions gain the branch's name and keep their type."""
+        try:
+            return self.module(*arguments)
+        except Exception as error:
+            note = f"in branch {self.label}"
+            text = error.args[0] if error.args and isinstance(error.args[0], str) else None
+            error.args = (f"{note}: {text}", *error.args[1:]) if text else (note, *error.args)
+            raise
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """BatchNorm goes on using batch statistics, but does not record them."""
+        recording = [norm for norm in self._norms if norm.training and norm.track_running_stats]
+        for norm in recording:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in recording:
+                norm.track_running_stats = True
+
+
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]

@@ -1,0 +1,168 @@
+"""The reference: what every op means, in eager PyTorch, on any device. Kernels must agree with it.
+
+Movement is bit for bit; arithmetic accumulates fp16, bf16 and fp32 in fp32, fp64 in fp64, rank by
+rank in ascending order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """selection: int [N] or [N, k] in -1..B-1, or bool [N, B] -> order, inverse, header."""
+    if selection.dtype == torch.bool:
+        columns = torch.arange(num_branches, device=selection.device)
+        branch = torch.where(selection, columns, -1)
+    else:
+        branch = selection.long().reshape(selection.shape[0], -1 if selection.ndim == 2 else 1)
+    num_rows, ranks = branch.shape if selection.ndim == 2 else (branch.shape[0], 1)
+    branch = branch.flatten()
+    faulty = (branch < -1) | (branch >= num_branches)
+    key = torch.where(faulty | (branch < 0), num_branches, branch)  # no branch sorts last
+    entry = torch.argsort(key, stable=True)
+    counts = torch.zeros(num_branches + 1, dtype=torch.long, device=key.device)
+    counts.scatter_add_(0, key, torch.ones_like(key))
+    offsets = torch.cat([counts.new_zeros(1), counts[:num_branches].cumsum(0)])
+    slot = torch.arange(branch.numel(), device=key.device)
+    taken = slot < offsets[-1]
+    order = torch.where(taken, entry, -1)
+    inverse = torch.empty_like(order).scatter_(0, entry, torch.where(taken, slot, -1))
+    return (
+        order.int(),
+        inverse.int().view(num_rows, ranks),
+        torch.cat([offsets, faulty.sum().view(1), _first(faulty)]).int(),
+    )
+
+
+def route_argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits: floating [N, B] -> choice int64 [N], order, inverse, header; ties go to the first.
+
+    A row without a finite maximum (nan, inf, all -inf: softmax is undefined there) is faulty.
+    """
+    faulty = ~logits.amax(dim=1).isfinite()
+    choice = logits.argmax(dim=1).masked_fill(faulty, -1)
+    order, inverse, header = route(choice, logits.shape[1])
+    header[-2:] = torch.cat([faulty.sum().view(1), _first(faulty)])
+    return choice, order, inverse, header
+
+
+def gather_rows(
+    sources: list[Tensor],
+    starts: list[int],
+    stops: list[int],
+    order: Tensor,
+    ranks: int,
+    weights: Tensor | None = None,
+) -> list[Tensor]:
+    """out_i[s] = sources[i][e // ranks] (times weights.flat[e]), with e = order[starts[i] + s]."""
+    gathered = []
+    for source, start, stop in zip(sources, starts, stops, strict=True):
+        entry = order[start:stop].long()
+        out = empty_rows(source, stop - start)
+        rows = _bits(source).index_select(0, entry // ranks).view(source.dtype)
+        if weights is not None:
+            rows = _scaled(rows, weights.flatten()[entry])
+        gathered.append(out.copy_(rows))
+    return gathered
+
+
+def combine_rows(
+    outputs: list[Tensor], starts: list[int], inverse: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """out[n] = sum_j weights[n, j] * row(inverse[n, j]), zero where no output holds the slot."""
+    pool, index = _pool(outputs, starts, inverse)
+    first = outputs[0]
+    out = empty_rows(first, inverse.shape[0])
+    if inverse.shape[1] == 1 and weights is None:
+        return out.copy_(_bits(pool).index_select(0, index[:, 0]).view(first.dtype))
+    total = torch.zeros(out.shape, dtype=_sum_dtype(first.dtype), device=out.device)
+    for j in range(inverse.shape[1]):
+        term = pool.index_select(0, index[:, j]).to(total.dtype)
+        if weights is not None:
+            term = term * _as_column(weights[:, j], term)
+        total = total + torch.where(_as_column(index[:, j] > 0, term), term, 0)
+    return out.copy_(total)
+
+
+def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
+    """dots[n, j] = <rows[n], row(inverse[n, j])> (real part), zero where there is no row."""
+    pool, index = _pool(outputs, starts, inverse)
+    wide = _sum_dtype(rows.dtype)
+    dots = torch.zeros(inverse.shape, dtype=weight_dtype(rows.dtype), device=rows.device)
+    for j in range(inverse.shape[1]):
+        other = pool.index_select(0, index[:, j]).to(wide).conj()
+        product = (rows.to(wide) * other).flatten(1).sum(1)
+        real = product.real if product.is_complex() else product
+        dots[:, j] = torch.where(index[:, j] > 0, real, 0)
+    return dots
+
+
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights and of row dots for values of `dtype`."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def empty_rows(source: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, ...] uninitialised, in the memory format of `source`'s rows.
+
+    Rows whose elements fill one block (contiguous, channels_last, transposed) keep their inner
+    strides, so that a row can be moved as bytes; other rows become contiguous.
+    """
+    shape, strides = source.shape[1:], source.stride()[1:]
+    numel, filled = 1, 1
+    for size in shape:
+        numel *= size
+    if numel == 0:
+        return source.new_empty((num_rows, *shape))
+    inner = sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1)
+    for stride, size in inner:
+        if stride != filled:
+            return source.new_empty((num_rows, *shape))
+        filled *= size
+    return source.new_empty_strided((num_rows, *shape), (numel, *strides))
+
+
+def _first(faulty: Tensor) -> Tensor:
+    """[1]: index of the first True, or -1."""
+    index = torch.arange(faulty.numel(), device=faulty.device)
+    first = torch.cat([index.masked_fill(~faulty, faulty.numel()), index.new_tensor([2**31])]).min()
+    return torch.where(faulty.any(), first, -1).view(1)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same bytes as integers, so that every dtype and every nan moves exactly."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.dtype.itemsize not in _BITS:
+        return tensor
+    return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+def _pool(outputs: list[Tensor], starts: list[int], inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """All rows below one zero row, and for each entry its row there; 0: no output holds it."""
+    pool = torch.cat(
+        [_bits(outputs[0]).new_zeros((1, *outputs[0].shape[1:])), *map(_bits, outputs)]
+    )
+    last = max(start + out.shape[0] for start, out in zip(starts, outputs, strict=True))
+    row_of_slot = torch.zeros(last + 2, dtype=torch.long, device=inverse.device)
+    row = 1
+    for start, output in zip(starts, outputs, strict=True):
+        size = output.shape[0]
+        row_of_slot[start + 1 : start + 1 + size] = torch.arange(row, row + size)
+        row += size
+    return pool.view(outputs[0].dtype), row_of_slot[(inverse.long() + 1).clamp(max=last + 1)]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _scaled(rows: Tensor, weights: Tensor) -> Tensor:
+    return (rows.to(_sum_dtype(rows.dtype)) * _as_column(weights, rows)).to(rows.dtype)
+
+
+def _as_column(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.ndim - 1))

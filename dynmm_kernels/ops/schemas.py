@@ -1,0 +1,85 @@
+"""The contract of every op: its schema, its shapes without data, and the reference behind it.
+
+Compiled kernels override the reference per device from libraries of their own, so an installation
+without a compiler is the same library, slower.
+
+Words: N rows (samples), k ranks (branches per sample), B branches. An *entry* is (row n, rank j),
+flat n*k + j. A *slot* is a place in the order sorted by branch. `header` is int32 [B + 3]: the
+B + 1 offsets of the branches' slots, the number of faulty entries, the first faulty entry or -1;
+together, because one copy brings all that the host must know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+NAMESPACE = "dynmm_kernels"
+OPS = ("route", "route_argmax", "gather_rows", "combine_rows", "row_dots")
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("route(Tensor selection, int num_branches) -> (Tensor, Tensor, Tensor)")
+_library.define("route_argmax(Tensor logits) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    "gather_rows(Tensor[] sources, int[] starts, int[] stops, Tensor order, int ranks,"
+    " Tensor? weights=None) -> Tensor[]"
+)
+_library.define(
+    "combine_rows(Tensor[] outputs, int[] starts, Tensor inverse, Tensor? weights=None) -> Tensor"
+)
+_library.define("row_dots(Tensor rows, Tensor[] outputs, int[] starts, Tensor inverse) -> Tensor")
+
+for _op in OPS:
+    _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::route", lib=_library)
+def _(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, ranks = selection.shape if selection.ndim == 2 else (selection.shape[0], 1)
+    return _plan_like(selection, num_rows, ranks, num_branches)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::route_argmax", lib=_library)
+def _(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_branches = logits.shape
+    choice = logits.new_empty(num_rows, dtype=torch.int64)
+    return choice, *_plan_like(logits, num_rows, 1, num_branches)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_rows", lib=_library)
+def _(
+    sources: list[Tensor],
+    starts: list[int],
+    stops: list[int],
+    order: Tensor,
+    ranks: int,
+    weights: Tensor | None = None,
+) -> list[Tensor]:
+    return [
+        reference.empty_rows(source, stop - start)
+        for source, start, stop in zip(sources, starts, stops, strict=True)
+    ]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::combine_rows", lib=_library)
+def _(
+    outputs: list[Tensor], starts: list[int], inverse: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    return reference.empty_rows(outputs[0], inverse.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::row_dots", lib=_library)
+def _(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
+    return rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
+
+
+def _plan_like(
+    like: Tensor, num_rows: int, ranks: int, num_branches: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        like.new_empty(num_rows * ranks, dtype=torch.int32),
+        like.new_empty((num_rows, ranks), dtype=torch.int32),
+        like.new_empty(num_branches + 3, dtype=torch.int32),
+    )
