@@ -1,4 +1,4 @@
-"""Builds the compiled kernels; without a compiler it installs the (slower) reference and says so."""
+"""Builds the compiled kernels; without a compiler it installs the reference and says so."""
 
 import runpy
 import sys

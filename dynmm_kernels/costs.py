@@ -29,7 +29,7 @@ def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> 
     if unit not in ("macs", "ms"):
         raise ValueError(f"branch_costs: unit must be 'macs' or 'ms'; got {unit!r}")
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    num_rows = tree.batch_size(tree.flatten(arguments)[0], "branch_costs inputs")
+    _, num_rows = tree.find_rows(tree.flatten(arguments)[0], "branch_costs inputs")
     if not num_rows:
         raise ValueError("branch_costs: example_inputs must hold at least one sample")
     total = _macs(module, arguments) if unit == "macs" else _milliseconds(module, arguments)

@@ -54,7 +54,8 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
         raise ValueError(f"route: selection must have shape [N] or [N, k>=1]; got {list(shape)}")
     if selection.numel() >= _LIMIT:
         raise ValueError(f"route: at most 2**31 - 2 entries (N*k); got {selection.numel()}")
-    plan = RoutingPlan(*ops.kernels().route(selection, num_branches), num_branches)
+    order, inverse, header = ops.kernels().route(selection, num_branches)
+    plan = RoutingPlan(order, inverse, header, num_branches)
     if selection.device.type == "cpu":
         check_choice(plan, selection)
     return plan
@@ -81,19 +82,24 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
         maximum) count as `plan.faults` and choose -1.
     """
-    choice, *parts = ops.kernels().route_argmax(logits)
-    return choice, RoutingPlan(*parts, logits.shape[1])
+    choice, order, inverse, header = ops.kernels().route_argmax(logits)
+    return choice, RoutingPlan(order, inverse, header, logits.shape[1])
 
 
-def route_complement(plan: RoutingPlan, mask: Tensor) -> RoutingPlan:
-    """The plan of a mask that holds exactly what top-1 `plan`, with no sample left out, does not.
+def route_complement(plan: RoutingPlan, choice: Tensor) -> RoutingPlan:
+    """The plan of all (sample, branch) that were not chosen, k = B.
 
     Its offsets follow from those of `plan`, so the host knows them without another copy.
+
+    Args:
+        plan: a top-1 plan in which every sample has a branch.
+        choice: int64 [N], what `plan` routes.
     """
-    complement = RoutingPlan(*ops.kernels().route(mask, plan.num_branches), plan.num_branches)
+    mask = torch.ones(plan.num_rows, plan.num_branches, dtype=torch.bool, device=choice.device)
+    mask.scatter_(1, choice.unsqueeze(1), False)
+    order, inverse, header = ops.kernels().route(mask, plan.num_branches)
     starts = [b * plan.num_rows - start for b, start in enumerate(plan.starts)]
-    complement.__dict__["host_header"] = (*starts, 0, -1)
-    return complement
+    return RoutingPlan(order, inverse, header, plan.num_branches, [*starts, 0, -1])
 
 
 def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
@@ -111,15 +117,14 @@ def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
         ValueError: a tensor's dim 0 is not N, or it is on another device than the plan.
     """
     leaves, spec = tree.flatten(tensors)
-    tree.batch_size(leaves, "gather")
-    rows = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    rows, _ = tree.find_rows(leaves, "gather", plan.num_rows)
     for i in rows:
-        _check_rows("gather", leaves[i], plan)
+        _check_source(leaves[i], plan)
     branches = range(plan.num_branches)
     sources = [leaves[i] for i in rows]
-    gathered = iter(
-        gather_rows(plan, sources, [(i, b) for b in branches for i in range(len(rows))])
-    )
+    index = [i for _ in branches for i in range(len(rows))]
+    moved = [b for b in branches for _ in rows]
+    gathered = iter(gather_rows(plan, sources, index, moved) if moved else ())
     results = []
     for _ in branches:
         own = [leaf.tensor if isinstance(leaf, tree.Shared) else leaf for leaf in leaves]
@@ -159,6 +164,20 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
     return tree.unflatten(combined, spec)
 
 
+def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int]) -> bool:
+    """The common case of `check_outputs`, answered without building anything."""
+    first = outputs[0]
+    if type(first) is not Tensor or first.ndim == 0:
+        return False
+    shape, dtype = first.shape[1:], first.dtype
+    for output, count in zip(outputs, rows, strict=True):
+        if type(output) is not Tensor or output.dtype is not dtype or output.ndim == 0:
+            return False
+        if output.shape[0] != count or output.shape[1:] != shape:
+            return False
+    return True
+
+
 def check_outputs(
     outputs: Sequence[Any], rows: Sequence[int], names: Sequence[str]
 ) -> tuple[list[tuple[Any, ...]], tree.Spec]:
@@ -180,7 +199,7 @@ def check_outputs(
         first = column[0]
         for name, leaf, count in zip(names, column, rows, strict=True):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-                if isinstance(first, Tensor) and first.ndim > 0 or isinstance(leaf, Tensor):
+                if (isinstance(first, Tensor) and first.ndim > 0) or isinstance(leaf, Tensor):
                     raise ValueError(
                         f"branch {name}: output {position} must be a tensor of shape [{count}, "
                         f"...], one row per sample; got {_describe([leaf])}"
@@ -207,14 +226,15 @@ def check_outputs(
 def gather_rows(
     plan: RoutingPlan,
     sources: list[Tensor],
-    moves: Sequence[tuple[int, int]],
+    index: Sequence[int],
+    branches: Sequence[int],
     weights: Tensor | None = None,
 ) -> list[Tensor]:
-    """For each move (source, branch): that source's rows of that branch, all in one call."""
-    starts = plan.starts
-    begin = [starts[branch] for _, branch in moves]
-    end = [starts[branch + 1] for _, branch in moves]
-    return _gather(plan, sources, [source for source, _ in moves], begin, end, weights)
+    """For each i: the rows of sources[index[i]] that go to branches[i]; all in one call."""
+    starts = plan.host_header
+    begin = [starts[b] for b in branches]
+    end = [starts[b + 1] for b in branches]
+    return _gather(plan, sources, index, begin, end, weights)
 
 
 def combine_rows(
@@ -270,7 +290,7 @@ def touch(output: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 def _gather(
     plan: RoutingPlan,
     sources: list[Tensor],
-    index: list[int],
+    index: Sequence[int],
     starts: list[int],
     stops: list[int],
     weights: Tensor | None,
@@ -434,16 +454,11 @@ def _same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return [output.to(dtype) for output in outputs]
 
 
-def _check_rows(op: str, tensor: Tensor, plan: RoutingPlan) -> None:
-    if tensor.shape[0] != plan.num_rows:
-        raise ValueError(
-            f"{op}: the plan routes {plan.num_rows} samples; got a tensor of shape "
-            f"{list(tensor.shape)}. Wrap tensors that are not per sample in Shared(tensor)"
-        )
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: only strided tensors can be routed; got {tensor.layout}")
-    if tensor.device != plan.order.device:
-        raise ValueError(f"{op}: the plan is on {plan.order.device}, a tensor on {tensor.device}")
+def _check_source(leaf: Any, plan: RoutingPlan) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError("gather: Lazy inputs are for RoutedFusion; fetch plan.rows(branch) here")
+    if leaf.device != plan.order.device:
+        raise ValueError(f"gather: the plan is on {plan.order.device}, a tensor on {leaf.device}")
 
 
 def _check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:

@@ -7,11 +7,12 @@ take a short way, because this runs on every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
 import numpy
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
@@ -43,31 +44,81 @@ class Lazy:
         self.fetch = fetch
 
 
-Spec = Any  # None: a single leaf; list or tuple: a flat one of tensors; else torch's TreeSpec
+Spec = Any  # None: a single leaf; (list or tuple,): a flat one of tensors; else torch's TreeSpec
+_LIST, _TUPLE = (list,), (tuple,)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
-    if isinstance(tree, Tensor):
+    kind = type(tree)
+    if kind is Tensor:
         return [tree], None
-    if type(tree) in (list, tuple) and all(isinstance(leaf, Tensor) for leaf in tree):
-        return list(tree), (type(tree), len(tree))
+    if kind is tuple or kind is list:
+        for leaf in tree:
+            if type(leaf) is not Tensor:
+                break
+        else:
+            return list(tree), _TUPLE if kind is tuple else _LIST
     return pytree.tree_flatten(tree)
 
 
-def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
+def unflatten(leaves: list[Any], spec: Spec) -> Any:
     if spec is None:
-        return next(iter(leaves))
-    if type(spec) is tuple:
+        return leaves[0]
+    if is_flat(spec):
         return spec[0](leaves)
     return pytree.tree_unflatten(leaves, spec)
 
 
-def is_rows(leaf: Any) -> bool:
-    """True for a leaf that holds one entry per sample."""
-    return isinstance(leaf, Lazy) or (isinstance(leaf, Tensor) and leaf.ndim > 0)
+def is_flat(spec: Spec) -> bool:
+    """True for a list or tuple of tensors."""
+    return spec is _TUPLE or spec is _LIST
 
 
-def check_leaf(leaf: Any, where: str) -> None:
+def find_rows(
+    leaves: list[Any], where: str, num_rows: int | None = None
+) -> tuple[list[int], int | None]:
+    """Positions of the per-sample leaves, and the number of samples N they agree on.
+
+    Args:
+        num_rows: N where it is known already.
+
+    Raises:
+        ValueError: two tensors disagree on N or on the device. TypeError: a leaf that cannot be
+            split by row.
+    """
+    rows = []
+    device = None
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim == 0:
+                continue
+            size = leaf.shape[0]
+            if device is None:
+                device = leaf.device
+            if size != num_rows:
+                if num_rows is not None:
+                    raise ValueError(
+                        f"{where}: every tensor must have the same number of samples in dim 0; "
+                        f"tensor {position} has shape {list(leaf.shape)}, expected {num_rows} "
+                        "samples. Wrap what belongs to the whole batch in Shared(tensor)"
+                    )
+                num_rows = size
+            if leaf.layout is not torch.strided:
+                raise TypeError(f"{where}: only strided tensors can be routed; got {leaf.layout}")
+            if leaf.device != device:
+                raise ValueError(
+                    f"{where}: all tensors must be on one device; tensor {position} is on "
+                    f"{leaf.device}, the first on {device}"
+                )
+            rows.append(position)
+        elif isinstance(leaf, Lazy):
+            rows.append(position)
+        elif leaf is not None and not isinstance(leaf, (Shared, int, float, str)):
+            _check_leaf(leaf, where)
+    return rows, num_rows
+
+
+def _check_leaf(leaf: Any, where: str) -> None:
     """Refuses containers that would pass through as a whole although they may hold samples."""
     if isinstance(leaf, PackedSequence):
         raise TypeError(
@@ -81,33 +132,3 @@ def check_leaf(leaf: Any, where: str) -> None:
             f"{where}: got a {type(leaf).__name__}, which torch's pytree registry does not know; "
             "pass a dict or a tuple, or register it with torch.utils._pytree.register_pytree_node"
         )
-
-
-def batch_size(leaves: Iterable[Any], where: str) -> int | None:
-    """N, the common length of dim 0 of all per-sample tensors; None where there is none.
-
-    Raises:
-        ValueError: two tensors disagree. TypeError: a leaf that cannot be split by row.
-    """
-    size = None
-    device = None
-    for position, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            if leaf.ndim == 0:
-                continue
-            if size is None:
-                size, device = leaf.shape[0], leaf.device
-            elif leaf.shape[0] != size:
-                raise ValueError(
-                    f"{where}: every tensor must have the same number of samples in dim 0; tensor "
-                    f"{position} has shape {tuple(leaf.shape)}, the first has {size} samples. "
-                    "Wrap tensors that belong to the whole batch in Shared(tensor)"
-                )
-            elif leaf.device != device:
-                raise ValueError(
-                    f"{where}: all tensors must be on one device; tensor {position} is on "
-                    f"{leaf.device}, the first is on {device}"
-                )
-        elif leaf is not None and not isinstance(leaf, (Shared, Lazy, int, float, str)):
-            check_leaf(leaf, f"{where}: leaf {position}")
-    return size

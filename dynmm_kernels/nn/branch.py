@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .arguments import Arguments
+
 Selector = str | int | Sequence[str | int] | Callable[..., Any] | None
 
 
@@ -43,14 +45,14 @@ class Branch(nn.Module):
         self.inputs = inputs
         self.name = name
         self.cost = cost
-        self._norms = _batch_norms(module)
+        self.norms = _batch_norms(module)
 
     def forward(self, *inputs: Any) -> Any:
         return self.module(*self.select(inputs))
 
     def train(self, mode: bool = True) -> Branch:
         super().train(mode)
-        self._norms = _batch_norms(self.module)  # layers may have been replaced since
+        self.norms = _batch_norms(self.module)  # layers may have been replaced since
         return self
 
     def extra_repr(self) -> str:
@@ -59,12 +61,15 @@ class Branch(nn.Module):
 
     @property
     def label(self) -> str:
-        return repr(self.name)
+        """What messages call it."""
+        return f"branch {self.name!r}"
 
-    @property
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
-        return any(norm.training or norm.running_mean is None for norm in self._norms)
+        for norm in self.norms:
+            if norm.training or norm.running_mean is None:
+                return True
+        return False
 
     def select(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments of the module, out of those of the fusion.
@@ -83,7 +88,7 @@ class Branch(nn.Module):
             for key in wanted:
                 if key not in pack:
                     raise ValueError(
-                        f"branch {self.label} reads modality {key!r}; the inputs have "
+                        f"{self.label} reads modality {key!r}; the inputs have "
                         f"{', '.join(map(repr, pack))}"
                     )
             return tuple(pack[key] for key in wanted)
@@ -92,21 +97,25 @@ class Branch(nn.Module):
         for key in wanted:
             if not isinstance(key, int):
                 raise ValueError(
-                    f"branch {self.label} reads modality {key!r} by name, so the fusion must be "
+                    f"{self.label} reads modality {key!r} by name, so the fusion must be "
                     f"called with one dict; got {', '.join(type(x).__name__ for x in inputs)}"
                 )
             if not -len(pack) <= key < len(pack):
-                raise ValueError(
-                    f"branch {self.label} reads modality {key}; there are {len(pack)} inputs"
-                )
+                raise ValueError(f"{self.label} reads modality {key}; there are {len(pack)} inputs")
         return tuple(pack[key] for key in wanted)  # type: ignore[index]
+
+    def arguments(self, batch: Arguments) -> Arguments:
+        """What this branch reads of the fusion's arguments."""
+        if self.inputs is None:
+            return batch
+        return Arguments(self.select(batch.selected), self.label, batch.num_rows)
 
     def call(self, arguments: tuple[Any, ...]) -> Any:
         """The module's output; its own exceptions gain the branch's name and keep their type."""
         try:
-            return self.module(*arguments)
+            return self._modules["module"](*arguments)  # past Module.__getattr__, which is slow
         except Exception as error:
-            note = f"in branch {self.label}"
+            note = f"in {self.label}"
             text = error.args[0] if error.args and isinstance(error.args[0], str) else None
             error.args = (f"{note}: {text}", *error.args[1:]) if text else (note, *error.args)
             raise
@@ -114,7 +123,7 @@ class Branch(nn.Module):
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
         """BatchNorm goes on using batch statistics, but does not record them."""
-        recording = [norm for norm in self._norms if norm.training and norm.track_running_stats]
+        recording = [norm for norm in self.norms if norm.training and norm.track_running_stats]
         for norm in recording:
             norm.track_running_stats = False
         try:

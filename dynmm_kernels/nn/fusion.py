@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import tree
+from ..plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch
-from .execution import Decision, run_everywhere, run_routed
+from .execution import Learning, run_everywhere, run_routed
 from .gates import gumbel_like, one_hot, straight_through
 from .routing import Routing
 
@@ -36,7 +36,7 @@ class RoutedFusion(nn.Module):
             "auto": routed.
         gate_grad: the gradient of the gate where its graph is recorded. "straight_through": exactly
             that of masked execution; the samples a branch was not chosen for run through it without
-            a graph. "selected": from the chosen branch alone, cheapest, biased. "none": no gradient.
+            a graph. "selected": from the chosen branch alone; cheapest, biased. "none": none.
         temperature: of the softmax.
         noise: None, or "gumbel" to sample the choice (DynMM eq. 3) while training.
         batch_norm: what a branch with train-mode BatchNorm does when routed. "masked": it runs on
@@ -57,15 +57,14 @@ class RoutedFusion(nn.Module):
         batch_norm: str = "masked",
     ) -> None:
         super().__init__()
-        named = isinstance(branches, Mapping)
-        names = list(branches) if named else list(range(len(branches)))
+        named = branches.items() if isinstance(branches, Mapping) else enumerate(branches)
+        self.gate = _as_branch(gate, "gate")
+        self.branches = nn.ModuleList(_as_branch(module, str(name)) for name, module in named)
+        names = [branch.name for branch in self.branches]
         if not names:
             raise ValueError("RoutedFusion: branches is empty; give at least one module")
-        self.gate = _as_branch(gate, "gate")
-        self.branches = nn.ModuleList(_as_branch(branches[name], str(name)) for name in names)  # type: ignore[index]
-        labels = [branch.name for branch in self.branches]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"RoutedFusion: branch names must differ; got {labels}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"RoutedFusion: branch names must differ; got {names}")
         self.execution = execution
         self.gate_grad = gate_grad
         self.temperature = temperature
@@ -104,101 +103,110 @@ class RoutedFusion(nn.Module):
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
                 message names the branch, what came and what was wanted.
         """
-        leaves, _ = tree.flatten(inputs)
-        num_rows = tree.batch_size(leaves, "RoutedFusion inputs")
+        batch = Arguments(inputs, "RoutedFusion inputs")
+        branches: list[Branch] = list(self._modules["branches"]._modules.values())  # type: ignore
         dense = self.execution == "dense" and choice is None
+        learning = probs = None
         if choice is None:
-            decision = self._ask_gate(inputs, num_rows, dense or return_routing, generator)
+            logits = self._ask_gate(batch, len(branches), generator)
+            choice, plan = self._decide(logits)
+            learns = self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
+            if learns or dense or return_routing:
+                probs = (logits / self.temperature).softmax(1)
+            if learns:
+                learning = Learning(self.gate_grad, probs, choice)
+            gate_cost = self.gate.cost or 0.0 if return_routing else 0.0
         else:
-            decision = self._forced(choice, num_rows, leaves)
-        plan, branches = decision.plan, list(self.branches)
+            choice = self._forced(choice, batch, len(branches))
+            plan = F.route(choice, len(branches))
+            gate_cost = 0.0
+
         if dense:
-            output, rows_run = run_everywhere(branches, inputs, decision.probs, soft=True)
+            output, rows_run = run_everywhere(branches, batch, probs, soft=True)
         elif self.execution == "masked" or not any(plan.counts):
-            weights = self._hard_weights(decision)
-            output, rows_run = run_everywhere(branches, inputs, weights, soft=False)
+            weights = _hard_weights(choice, probs, learning, len(branches))
+            output, rows_run = run_everywhere(branches, batch, weights, soft=False)
         else:
             subset_norm = self.batch_norm == "subset"
-            output, rows_run = run_routed(branches, inputs, decision, subset_norm)
+            output, rows_run = run_routed(branches, batch, plan, learning, subset_norm)
         if not return_routing:
             return output
         costs = [branch.cost for branch in branches]
         return output, Routing(
-            choice=None if dense else decision.choice,
-            probs=decision.probs,
+            choice=None if dense else choice,
+            probs=probs,
             plan=None if dense else plan,
             num_rows=plan.num_rows,
             rows_run=rows_run,
             costs=None if None in costs else tuple(costs),
-            gate_cost=0.0 if choice is not None else self.gate.cost or 0.0,
+            gate_cost=gate_cost,
         )
 
     def _ask_gate(
-        self,
-        inputs: tuple[Any, ...],
-        num_rows: int | None,
-        wants_probs: bool,
-        generator: torch.Generator | None,
-    ) -> Decision:
-        arguments = Arguments(self.gate.select(inputs), self.gate.label)
-        logits = self.gate.call(arguments.whole(num_rows or 0))
-        self._check_logits(logits, num_rows)
-        if self.noise == "gumbel" and self.training:
-            logits = logits + gumbel_like(logits, generator)
-        choice, plan = F.route_argmax(logits.detach() if logits.requires_grad else logits)
-        faults, row = plan.faults
-        if faults:
-            raise ValueError(
-                f"gate {self.gate.label}: logits must have a finite maximum and no nan; got "
-                f"{logits[row].tolist()} in row {row} ({faults} such rows in all)"
-            )
-        learns = logits.requires_grad and torch.is_grad_enabled() and self.gate_grad != "none"
-        probs = (logits / self.temperature).softmax(1) if wants_probs or learns else None
-        return Decision(choice, probs, plan, self.gate_grad if learns else None)
-
-    def _check_logits(self, logits: Any, num_rows: int | None) -> None:
-        wanted = f"[{'N' if num_rows is None else num_rows}, {len(self.branches)}]"
+        self, batch: Arguments, num_branches: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Logits [N, B], with noise where that is wanted."""
+        gate: Branch = self._modules["gate"]  # type: ignore[assignment]
+        logits = gate.call(gate.arguments(batch).whole(batch.num_rows or 0))
+        wanted = f"[{'N' if batch.num_rows is None else batch.num_rows}, {num_branches}]"
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(
-                f"gate {self.gate.label} must return floating logits {wanted}; got {got}"
-            )
-        rows, columns = logits.shape if logits.ndim == 2 else (-1, -1)
-        if columns != len(self.branches) or num_rows not in (None, rows):
+            raise TypeError(f"{gate.label} must return floating logits {wanted}; got {got}")
+        if (
+            logits.ndim != 2
+            or logits.shape[1] != num_branches
+            or (batch.num_rows not in (None, logits.shape[0]))
+        ):
             raise ValueError(
-                f"gate {self.gate.label} must return logits of shape {wanted}, one column per "
-                f"branch; got {list(logits.shape)}"
+                f"{gate.label} must return logits of shape {wanted}, one column per branch; "
+                f"got {list(logits.shape)}"
             )
+        if self.noise == "gumbel" and self.training:
+            return logits + gumbel_like(logits, generator)
+        return logits
 
-    def _forced(self, choice: int | Tensor, num_rows: int | None, leaves: list[Any]) -> Decision:
+    def _decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+        """The choice int64 [N] and its plan; the check of the logits rides on the counts."""
+        choice, plan = F.route_argmax(logits.detach() if logits.requires_grad else logits)
+        if plan.host_header[-2]:
+            faults, row = plan.faults
+            raise ValueError(
+                f"the gate's logits must have a finite maximum and no nan; got "
+                f"{logits[row].tolist()} in row {row} ({faults} such rows in all)"
+            )
+        return choice, plan
+
+    def _forced(self, choice: int | Tensor, batch: Arguments, num_branches: int) -> Tensor:
+        """A forced choice as int64 [N]."""
+        num_rows = batch.num_rows
         if isinstance(choice, int) and not isinstance(choice, bool):
-            if not 0 <= choice < len(self.branches):
+            if not 0 <= choice < num_branches:
                 raise ValueError(
-                    f"choice must be in 0..{len(self.branches) - 1} (or a LongTensor [N]); "
-                    f"got {choice}"
+                    f"choice must be in 0..{num_branches - 1} (or a LongTensor [N]); got {choice}"
                 )
             if num_rows is None:
                 raise ValueError("choice: the inputs hold no tensor, so give a LongTensor [N]")
-            device = next(x.device for x in leaves if isinstance(x, Tensor) and x.ndim > 0)
-            choice = torch.full((num_rows,), choice, device=device)
-        elif not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
+            return torch.full((num_rows,), choice, device=batch.tensors()[0].device)
+        if not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
             got = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
             raise TypeError(f"choice must be an int or a LongTensor [N]; got {got}")
-        elif choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
+        if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
             size = "N" if num_rows is None else num_rows
             raise ValueError(f"choice must have shape [{size}]; got {list(choice.shape)}")
-        plan = F.route(choice, len(self.branches))
-        return Decision(choice.long(), None, plan, gradient=None)
+        return choice.long()
 
-    def _hard_weights(self, decision: Decision) -> Tensor:
-        """[N, B] zeros and ones, with the gradient that `gate_grad` asks for."""
-        if decision.gradient is None or decision.probs is None:
-            dtype = torch.float32 if decision.probs is None else decision.probs.dtype
-            return one_hot(decision.choice, len(self.branches), dtype)
-        weights = straight_through(decision.choice, decision.probs)
-        if decision.gradient == "selected":
-            return torch.where(weights.detach() == 0, 0, weights)
-        return weights
+
+def _hard_weights(
+    choice: Tensor, probs: Tensor | None, learning: Learning | None, num_branches: int
+) -> Tensor:
+    """[N, B] zeros and ones, with the gradient that `gate_grad` asks for."""
+    if learning is None:
+        dtype = torch.float32 if probs is None else probs.dtype
+        return one_hot(choice, num_branches, dtype)
+    weights = straight_through(choice, learning.probs)
+    if learning.mode == "selected":
+        return torch.where(weights.detach() == 0, 0, weights)
+    return weights
 
 
 def _as_branch(module: nn.Module, name: str) -> Branch:

@@ -1,4 +1,4 @@
-"""From logits to decisions: gate noise, and the hard weights with their straight-through gradient."""
+"""From logits to decisions: gate noise, hard weights and their straight-through gradient."""
 
 from __future__ import annotations
 

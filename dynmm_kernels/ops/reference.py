@@ -14,13 +14,12 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
     """selection: int [N] or [N, k] in -1..B-1, or bool [N, B] -> order, inverse, header."""
+    if selection.ndim == 1:
+        selection = selection.unsqueeze(1)
     if selection.dtype == torch.bool:
         columns = torch.arange(num_branches, device=selection.device)
-        branch = torch.where(selection, columns, -1)
-    else:
-        branch = selection.long().reshape(selection.shape[0], -1 if selection.ndim == 2 else 1)
-    num_rows, ranks = branch.shape if selection.ndim == 2 else (branch.shape[0], 1)
-    branch = branch.flatten()
+        selection = torch.where(selection, columns, -1)
+    branch = selection.long().flatten()
     faulty = (branch < -1) | (branch >= num_branches)
     key = torch.where(faulty | (branch < 0), num_branches, branch)  # no branch sorts last
     entry = torch.argsort(key, stable=True)
@@ -33,7 +32,7 @@ def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]
     inverse = torch.empty_like(order).scatter_(0, entry, torch.where(taken, slot, -1))
     return (
         order.int(),
-        inverse.int().view(num_rows, ranks),
+        inverse.int().view(selection.shape),
         torch.cat([offsets, faulty.sum().view(1), _first(faulty)]).int(),
     )
 

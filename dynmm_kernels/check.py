@@ -1,0 +1,86 @@
+"""python -m dynmm_kernels check: every backend against the reference, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def run() -> int:
+    """Prints a line per backend and op; 0 if all agree with the reference."""
+    failed = 0
+    for name in ops.BACKENDS:
+        reason = ops.why_not(name)
+        if name == "reference":
+            continue
+        if reason:
+            print(f"{name:<10} not available: {reason}")
+            continue
+        for op in ops.schemas.OPS:
+            cases = [arguments for of, arguments in _cases() if of == op]
+            bad = [text for text in (_compare(name, op, case) for case in cases) if text]
+            failed += len(bad)
+            print(f"{name:<10} {op:<14} {len(cases)} cases  {'; '.join(bad) or 'ok'}")
+    print("check failed" if failed else "check passed")
+    return 1 if failed else 0
+
+
+def _compare(name: str, op: str, arguments: tuple[Any, ...]) -> str | None:
+    """What differs, or None."""
+    with ops.backend("reference"):
+        wanted = _as_tuple(getattr(ops.kernels(), op)(*arguments))
+    with ops.backend(name):
+        got = _as_tuple(getattr(ops.kernels(), op)(*arguments))
+    try:
+        # Default tolerances for sums, whose order of rounding differs; none for moved values.
+        exact = op in ("route", "route_argmax", "gather_rows")
+        torch.testing.assert_close(got, wanted, equal_nan=True, **(_EXACT if exact else {}))
+        utils = ("test_schema", "test_faketensor")
+        torch.library.opcheck(
+            getattr(torch.ops.dynmm_kernels, op).default, arguments, test_utils=utils
+        )
+    except Exception as error:  # reported, with the first line of what went wrong
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+_EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(op, arguments): empty, single and odd batches, several dtypes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    for rows, branches in ((0, 2), (1, 1), (33, 3), (1025, 5)):
+        choice = torch.randint(-1, branches, (rows, 2), generator=generator)
+        yield "route", (choice, branches)
+        yield "route", (randn(rows, branches) > 0, branches)
+        yield "route_argmax", (randn(rows, branches),)
+        order, inverse, header = ops.kernels().route(choice, branches)
+        starts = header.tolist()[: branches + 1]
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            source, weights = (
+                randn(rows, 7, dtype=dtype),
+                randn(rows, 2).to(ops.weight_dtype(dtype)),
+            )
+            sources = [source, randn(rows, 3, 2, dtype=dtype)]
+            begin, end = [starts[0]] * 2, [starts[-1]] * 2
+            yield "gather_rows", (sources, begin, end, order, 2, None)
+            yield "gather_rows", (sources, begin, end, order, 2, weights)
+            outputs = [randn(stop - start, 7, dtype=dtype) for start, stop in pairwise(starts)]
+            yield "combine_rows", (outputs, starts[:-1], inverse, None)
+            yield "combine_rows", (outputs, starts[:-1], inverse, weights)
+            yield "row_dots", (source, outputs, starts[:-1], inverse)
