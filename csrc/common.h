@@ -27,9 +27,9 @@ inline Tensor empty_strided(const Tensor& like, const Strides& sizes, const Stri
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               static_cast<int32_t>(dtype), device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -115,7 +115,7 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double,
 // Calls f(T{}) with the C++ type of `dtype`. Complex numbers go as pairs of real ones, which is
 // exact for sums, for real weights and for the real part of an inner product.
 template <class F>
-void visit_dtype(ScalarType dtype, const F& f) {
+auto visit_dtype(ScalarType dtype, const F& f) -> decltype(f(float{})) {
   switch (dtype) {
     case ScalarType::Float:
     case ScalarType::ComplexFloat:
@@ -141,6 +141,7 @@ void visit_dtype(ScalarType dtype, const F& f) {
       STD_TORCH_CHECK(false, "dynmm_kernels: no arithmetic for dtype number ",
                       static_cast<int>(dtype), "; convert the tensors to a floating dtype");
   }
+  return f(float{});  // not reached
 }
 
 inline int64_t reals_per_element(ScalarType dtype) {

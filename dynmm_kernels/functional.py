@@ -1,9 +1,4 @@
-"""The functional floor: route, gather, combine. Validation happens here, once; so does autograd.
-
-gather and combine are each other's transpose, weighted or not, and the gradient of either's
-weights is `row_dots`; the three are closed under differentiation, so derivatives of any order are
-exact and run on the same kernels.
-"""
+"""The functional floor: route, gather, combine. Validation happens here, once."""
 
 from __future__ import annotations
 
@@ -12,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import ops, tree
+from . import autograd, ops, tree
 from .plan import RoutingPlan
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _LIMIT = 2**31 - 1
 
 
@@ -82,8 +77,35 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
         maximum) count as `plan.faults` and choose -1.
     """
-    choice, order, inverse, header = ops.kernels().route_argmax(logits)
+    choice, order, inverse, header = ops.backends.serving.route_argmax(logits)
     return choice, RoutingPlan(order, inverse, header, logits.shape[1])
+
+
+def check_logits(logits: Any, num_rows: int | None, num_branches: int) -> None:
+    """Raises TypeError or ValueError unless `logits` is a floating [N, B] (N: any where None)."""
+    floating = isinstance(logits, Tensor) and logits.dtype in _FLOATING
+    if floating:
+        shape = logits.shape
+        if len(shape) == 2 and shape[1] == num_branches and num_rows in (None, shape[0]):
+            return
+    wanted = f"[{'N' if num_rows is None else num_rows}, {num_branches}]"
+    if floating:
+        raise ValueError(
+            f"the gate must return logits of shape {wanted}, one column per branch; got "
+            f"{list(logits.shape)}"
+        )
+    got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+    raise TypeError(f"the gate must return floating logits {wanted}; got {got}")
+
+
+def check_faults(logits: Tensor, header: list[int]) -> None:
+    """Raises ValueError for the first row of `logits` without a defined softmax."""
+    faults, row = header[-2:]
+    if faults:
+        raise ValueError(
+            f"the gate's logits must have a finite maximum and no nan; got "
+            f"{logits[row].tolist()} in row {row} ({faults} such rows in all)"
+        )
 
 
 def route_complement(plan: RoutingPlan, choice: Tensor) -> RoutingPlan:
@@ -167,13 +189,14 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
 def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int]) -> bool:
     """The common case of `check_outputs`, answered without building anything."""
     first = outputs[0]
-    if type(first) is not Tensor or first.ndim == 0:
+    if type(first) is not Tensor:
         return False
-    shape, dtype = first.shape[1:], first.dtype
-    for output, count in zip(outputs, rows, strict=True):
-        if type(output) is not Tensor or output.dtype is not dtype or output.ndim == 0:
+    dtype, inner = first.dtype, first.shape[1:]
+    for output, count in zip(outputs, rows):  # noqa: B905 (strict costs as much as the check)
+        if type(output) is not Tensor or output.dtype is not dtype:
             return False
-        if output.shape[0] != count or output.shape[1:] != shape:
+        shape = output.shape
+        if not shape or shape[0] != count or shape[1:] != inner:
             return False
     return True
 
@@ -234,7 +257,7 @@ def gather_rows(
     starts = plan.host_header
     begin = [starts[b] for b in branches]
     end = [starts[b + 1] for b in branches]
-    return _gather(plan, sources, index, begin, end, weights)
+    return autograd.gather(plan, sources, index, begin, end, weights)
 
 
 def combine_rows(
@@ -246,12 +269,12 @@ def combine_rows(
         return first
     outputs = _same_dtype(outputs)
     if weights is None and plan.ranks == 1:
-        return _combine(plan, outputs, starts, None)
+        return autograd.combine(plan, outputs, starts, None)
     if first.dtype == torch.bool:
         raise TypeError("combine: bool outputs cannot be summed; return them as integers")
     if weights is not None:
         weights = _check_weights(weights, plan, first.dtype)
-    return _combine(plan, outputs, starts, weights)
+    return autograd.combine(plan, outputs, starts, weights)
 
 
 def combine_selected(
@@ -275,173 +298,51 @@ def combine_selected(
         return first
     outputs = _same_dtype(outputs)
     if not first.is_floating_point() and not first.is_complex():
-        return _combine(plan, outputs, starts, None)
+        return autograd.combine(plan, outputs, starts, None)
     others = [other.to(outputs[0].dtype) for other in others]
-    return _CombineSelected.apply(
+    return autograd.CombineSelected.apply(
         plan, starts, other_starts, index, len(outputs), probs, *outputs, *others
     )
 
 
 def touch(output: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """`output`, with `tensors` in its graph: they receive gradients of exactly zero, not None."""
-    return _Touch.apply(output, *tensors)
+    return autograd.Touch.apply(output, *tensors)
 
 
-def _gather(
-    plan: RoutingPlan,
-    sources: list[Tensor],
-    index: Sequence[int],
-    starts: list[int],
-    stops: list[int],
-    weights: Tensor | None,
-) -> list[Tensor]:
-    if torch.is_grad_enabled() and _any_requires_grad(sources, weights):
-        return list(_GatherRows.apply(plan, index, starts, stops, weights, *sources))
-    repeated = [sources[i] for i in index]
-    return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks, weights)
+def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """`route_argmax` as order, inverse and the header on the host, without faults."""
+    _, order, inverse, header = ops.backends.serving.route_argmax(logits)
+    header = header.tolist()
+    if header[-2]:
+        check_faults(logits, header)
+    return order, inverse, header
 
 
-def _combine(
-    plan: RoutingPlan, outputs: Sequence[Tensor], starts: list[int], weights: Tensor | None
-) -> Tensor:
-    if torch.is_grad_enabled() and _any_requires_grad(outputs, weights):
-        return _CombineRows.apply(plan, starts, weights, *outputs)
-    return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
+def gather_flat(
+    order: Tensor, tensors: Sequence[Tensor], starts: list[int], stops: list[int]
+) -> list[Sequence[Tensor]]:
+    """For each range of slots of a top-1 order: its rows of every tensor. Records no graph."""
+    size = len(tensors)
+    gather = ops.backends.serving.gather_rows
+    if size == 1:
+        return [(rows,) for rows in gather([*tensors] * len(starts), starts, stops, order, 1)]
+    starts = [start for start in starts for _ in range(size)]
+    stops = [stop for stop in stops for _ in range(size)]
+    rows = gather([*tensors] * (len(starts) // size), starts, stops, order, 1)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _row_dots(
-    rows: Tensor, outputs: Sequence[Tensor], starts: list[int], plan: RoutingPlan
-) -> Tensor:
-    if torch.is_grad_enabled() and _any_requires_grad(outputs, rows):
-        return _RowDots.apply(plan, starts, rows, *outputs)
-    return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan, index, starts, stops, weights, *sources):
-        ctx.set_materialize_grads(False)
-        ctx.plan, ctx.index, ctx.starts = plan, index, starts
-        ctx.save_for_backward(weights, *(sources if weights is not None else ()))
-        ctx.num_sources = len(sources)
-        repeated = [sources[i] for i in index]
-        gathered = ops.kernels().gather_rows(
-            repeated, starts, stops, plan.order, plan.ranks, weights
-        )
-        fixed = [
-            out
-            for out, i in zip(gathered, index, strict=True)
-            if not (weights is not None or sources[i].requires_grad) or not _differentiable(out)
-        ]
-        ctx.mark_non_differentiable(*fixed)
-        return tuple(gathered)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        weights, *sources = ctx.saved_tensors
-        source_grads: list[Tensor | None] = []
-        weight_grad = None
-        for i in range(ctx.num_sources):
-            own = [m for m, of in enumerate(ctx.index) if of == i and grads[m] is not None]
-            own.sort(key=lambda m: ctx.starts[m])
-            parts, starts = [grads[m] for m in own], [ctx.starts[m] for m in own]
-            wanted = ctx.needs_input_grad[5 + i] and parts
-            source_grads.append(_combine(ctx.plan, parts, starts, weights) if wanted else None)
-            if ctx.needs_input_grad[4] and parts:
-                dots = _row_dots(sources[i], parts, starts, ctx.plan)
-                weight_grad = dots if weight_grad is None else weight_grad + dots
-        return None, None, None, None, weight_grad, *source_grads
-
-
-class _CombineRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan, starts, weights, *outputs):
-        ctx.plan, ctx.starts = plan, starts
-        ctx.stops = [start + out.shape[0] for start, out in zip(starts, outputs, strict=True)]
-        ctx.save_for_backward(weights, *(outputs if weights is not None else ()))
-        return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weights, *outputs = ctx.saved_tensors
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        grads: list[Tensor | None] = [None] * len(ctx.starts)
-        if wanted:
-            starts = [ctx.starts[i] for i in wanted]
-            stops = [ctx.stops[i] for i in wanted]
-            rows = _gather(ctx.plan, [grad], [0] * len(wanted), starts, stops, weights)
-            for i, row_grad in zip(wanted, rows, strict=True):
-                grads[i] = row_grad
-        dots = _row_dots(grad, outputs, ctx.starts, ctx.plan) if ctx.needs_input_grad[2] else None
-        return None, None, dots, *grads
-
-
-class _RowDots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan, starts, rows, *outputs):
-        ctx.plan, ctx.starts = plan, starts
-        ctx.save_for_backward(rows, *outputs)
-        return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, *outputs = ctx.saved_tensors
-        stops = [start + out.shape[0] for start, out in zip(ctx.starts, outputs, strict=True)]
-        row_grad = (
-            _combine(ctx.plan, outputs, ctx.starts, grad) if ctx.needs_input_grad[2] else None
-        )
-        grads: Sequence[Tensor | None] = [None] * len(outputs)
-        if any(ctx.needs_input_grad[3:]):
-            grads = _gather(ctx.plan, [rows], [0] * len(outputs), ctx.starts, stops, grad)
-        return None, None, row_grad, *grads
-
-
-class _CombineSelected(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan, starts, other_starts, index, num_outputs, probs, *rows):
-        outputs = rows[:num_outputs]
-        ctx.plan, ctx.starts, ctx.all_starts = plan, starts, [*starts, *other_starts]
-        ctx.probs_dtype = probs.dtype
-        ctx.save_for_backward(index, *(row.detach() for row in rows))
-        return ops.kernels().combine_rows(outputs, starts, plan.inverse, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        index, *rows = ctx.saved_tensors
-        kernels = ops.kernels()
-        num_outputs = len(ctx.starts)
-        stops = [s + row.shape[0] for s, row in zip(ctx.starts, rows[:num_outputs], strict=True)]
-        grads = kernels.gather_rows(
-            [grad] * num_outputs, ctx.starts, stops, ctx.plan.order, 1, None
-        )
-        dots = kernels.row_dots(grad, rows, ctx.all_starts, index).to(ctx.probs_dtype)
-        return None, None, None, None, None, dots, *grads, *[None] * (len(rows) - num_outputs)
-
-
-class _Touch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output, *tensors):
-        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad):
-        zeros = [
-            torch.zeros((), dtype=dtype, device=device).expand(shape)
-            for shape, dtype, device in ctx.like
-        ]
-        return grad, *zeros
-
-
-def _any_requires_grad(tensors: Sequence[Tensor], other: Tensor | None) -> bool:
-    if other is not None and other.requires_grad:
-        return True
-    return any(tensor.requires_grad for tensor in tensors)
-
-
-def _differentiable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
+    """Outputs of a top-1 plan back in sample order. Records no graph."""
+    first = outputs[0]
+    if not isinstance(first, Tensor):
+        return first
+    for output in outputs:
+        if output.dtype is not first.dtype:
+            outputs = _same_dtype(outputs)
+            break
+    return ops.backends.serving.combine_rows(outputs, starts, inverse)
 
 
 def _same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:

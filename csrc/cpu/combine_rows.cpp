@@ -51,8 +51,8 @@ void sum_rows(const Slots& slots, const int32_t* inverse, const A* weights, int6
 
 }  // namespace
 
-Tensor combine_rows(std::vector<Tensor> outputs, std::vector<int64_t> starts,
-                    const Tensor& inverse, std::optional<Tensor> weights) {
+Tensor combine_rows(std::vector<Tensor> outputs, std::vector<int64_t> starts, const Tensor& inverse,
+                    std::optional<Tensor> weights) {
   const Tensor index = as_contiguous(inverse);
   const auto* slot = static_cast<const int32_t*>(index.const_data_ptr());
   const int64_t rows = inverse.size(0), ranks = inverse.size(1);
@@ -64,7 +64,8 @@ Tensor combine_rows(std::vector<Tensor> outputs, std::vector<int64_t> starts,
     move_rows(slots, slot, rows, layout.bytes, static_cast<char*>(out.mutable_data_ptr()));
     return out;
   }
-  const std::optional<Tensor> scale = weights ? std::optional(as_contiguous(*weights)) : std::nullopt;
+  const std::optional<Tensor> scale =
+      weights ? std::optional(as_contiguous(*weights)) : std::nullopt;
   visit_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;

@@ -80,8 +80,7 @@ void scale_rows(const Move& move, ScalarType dtype, int64_t ranks, const Tensor&
       for (int64_t s = begin; s < end; ++s) {
         const int64_t entry = move.entries[s];
         const A w = weight[entry];
-        const auto* from =
-            reinterpret_cast<const T*>(move.from + entry / ranks * move.from_stride);
+        const auto* from = reinterpret_cast<const T*>(move.from + entry / ranks * move.from_stride);
         auto* to = reinterpret_cast<T*>(move.to + s * move.bytes);
         for (int64_t i = 0; i < numel; ++i) to[i] = static_cast<T>(w * static_cast<A>(from[i]));
       }

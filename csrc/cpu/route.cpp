@@ -19,11 +19,11 @@ struct Faults {
   int64_t first = -1;
 };
 
-// branch_of(n, j) is in [0, branches), kNone or kFaulty. It is called twice per entry, first in
-// row order on whichever thread owns the row, so it may write what the second call reads.
-template <class BranchOf>
+// decide(n, j) is in [0, branches), kNone or kFaulty, and is called once per entry. decided(n, j)
+// is called later on the same thread and repeats the answer; anything negative is no branch.
+template <class Decide, class Decided>
 Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t branches,
-                   const BranchOf& branch_of) {
+                   const Decide& decide, const Decided& decided) {
   const int64_t entries = rows * ranks;
   Plan plan{empty_vector(like, entries, ScalarType::Int),
             empty_matrix(like, rows, ranks, ScalarType::Int),
@@ -48,7 +48,7 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
       int64_t* count = next.data() + c * branches;
       for (int64_t n = rows * c / chunks; n < rows * (c + 1) / chunks; ++n) {
         for (int64_t j = 0; j < ranks; ++j) {
-          const int64_t branch = branch_of(n, j);
+          const int64_t branch = decide(n, j);
           if (branch >= 0) {
             ++count[branch];
           } else if (branch == kFaulty && faults[c].count++ == 0) {
@@ -82,7 +82,7 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
       int64_t* to = next.data() + c * branches;
       for (int64_t n = rows * c / chunks; n < rows * (c + 1) / chunks; ++n) {
         for (int64_t j = 0; j < ranks; ++j) {
-          const int64_t branch = branch_of(n, j);
+          const int64_t branch = decided(n, j);
           const int64_t entry = n * ranks + j;
           const int64_t where = branch >= 0 ? to[branch]++ : kNone;
           inverse[entry] = static_cast<int32_t>(where);
@@ -98,17 +98,19 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
 template <class T>
 Plan route_choice(const Tensor& selection, int64_t rows, int64_t ranks, int64_t branches) {
   const auto* choice = static_cast<const T*>(selection.const_data_ptr());
-  return counting_sort(selection, rows, ranks, branches, [=](int64_t n, int64_t j) -> int64_t {
+  const auto branch_of = [=](int64_t n, int64_t j) -> int64_t {
     const int64_t branch = static_cast<int64_t>(choice[n * ranks + j]);
     return branch >= -1 && branch < branches ? branch : kFaulty;
-  });
+  };
+  return counting_sort(selection, rows, ranks, branches, branch_of, branch_of);
 }
 
 Plan route_mask(const Tensor& selection, int64_t rows, int64_t branches) {
   const auto* mask = static_cast<const bool*>(selection.const_data_ptr());
-  return counting_sort(selection, rows, branches, branches, [=](int64_t n, int64_t j) -> int64_t {
+  const auto branch_of = [=](int64_t n, int64_t j) -> int64_t {
     return mask[n * branches + j] ? j : kNone;
-  });
+  };
+  return counting_sort(selection, rows, branches, branches, branch_of, branch_of);
 }
 
 // The first of the largest; kFaulty where softmax would be undefined (nan, or no finite maximum).
@@ -129,44 +131,50 @@ int64_t argmax(const T* logits, int64_t branches) {
   return ordered && std::isfinite(top) ? best : kFaulty;
 }
 
+template <class T>
+Plan route_logits(const Tensor& logits, int64_t* choice) {
+  const int64_t branches = logits.size(1);
+  const T* values = static_cast<const T*>(logits.const_data_ptr());
+  const auto decide = [=](int64_t n, int64_t) -> int64_t {
+    const int64_t branch = argmax(values + n * branches, branches);
+    choice[n] = branch == kFaulty ? kNone : branch;
+    return branch;
+  };
+  const auto decided = [=](int64_t n, int64_t) -> int64_t { return choice[n]; };
+  return counting_sort(logits, logits.size(0), 1, branches, decide, decided);
+}
+
+Plan route_selection(const Tensor& selection, int64_t branches) {
+  const int64_t rows = selection.size(0);
+  const int64_t ranks = selection.dim() == 2 ? selection.size(1) : 1;
+  switch (selection.scalar_type()) {
+    case ScalarType::Bool:
+      return route_mask(selection, rows, branches);
+    case ScalarType::Int:
+      return route_choice<int32_t>(selection, rows, ranks, branches);
+    case ScalarType::Long:
+      return route_choice<int64_t>(selection, rows, ranks, branches);
+    default:
+      return route_choice<int64_t>(torch::stable::to(selection, ScalarType::Long), rows, ranks,
+                                   branches);
+  }
+}
+
 }  // namespace
 
 // selection: int [N, k] or [N], or bool [N, B]. header: B+1 offsets, number of faults, first fault.
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& selection, int64_t branches) {
-  const int64_t rows = selection.size(0);
-  const int64_t ranks = selection.dim() == 2 ? selection.size(1) : 1;
-  const ScalarType dtype = selection.scalar_type();
-  Plan plan;
-  if (dtype == ScalarType::Bool) {
-    plan = route_mask(as_contiguous(selection), rows, branches);
-  } else if (dtype == ScalarType::Int) {
-    plan = route_choice<int32_t>(as_contiguous(selection), rows, ranks, branches);
-  } else {
-    const Tensor wide =
-        dtype == ScalarType::Long ? selection : torch::stable::to(selection, ScalarType::Long);
-    plan = route_choice<int64_t>(as_contiguous(wide), rows, ranks, branches);
-  }
+  Plan plan = route_selection(as_contiguous(selection), branches);
   return {plan.order, plan.inverse, plan.header};
 }
 
 // logits: floating [N, B]. Also returns choice int64 [N]; faulty rows choose -1.
 std::tuple<Tensor, Tensor, Tensor, Tensor> route_argmax(const Tensor& logits) {
-  const int64_t rows = logits.size(0), branches = logits.size(1);
   const Tensor scores = as_contiguous(logits);
-  const Tensor choice = empty_vector(logits, rows, ScalarType::Long);
+  const Tensor choice = empty_vector(logits, logits.size(0), ScalarType::Long);
   auto* chosen = static_cast<int64_t*>(choice.mutable_data_ptr());
-  Plan plan;
-  std::vector<uint8_t> seen(rows, 0);
-  visit_dtype(logits.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* values = static_cast<const T*>(scores.const_data_ptr());
-    plan = counting_sort(logits, rows, 1, branches, [&](int64_t n, int64_t) -> int64_t {
-      if (seen[n]) return chosen[n];
-      seen[n] = 1;
-      const int64_t branch = argmax(values + n * branches, branches);
-      chosen[n] = branch == kFaulty ? kNone : branch;
-      return branch;
-    });
+  const Plan plan = visit_dtype(scores.scalar_type(), [&](auto zero) {
+    return route_logits<decltype(zero)>(scores, chosen);
   });
   return {choice, plan.order, plan.inverse, plan.header};
 }

@@ -18,8 +18,8 @@ double dot(const T* a, const T* b, int64_t numel) {
     }
   }
   for (int64_t l = 0; i < numel; ++i, ++l) {
-    lane[l] += static_cast<double>(static_cast<A>(a[i])) *
-               static_cast<double>(static_cast<A>(b[i]));
+    lane[l] +=
+        static_cast<double>(static_cast<A>(a[i])) * static_cast<double>(static_cast<A>(b[i]));
   }
   return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
 }

@@ -13,12 +13,11 @@ class Slots {
   Slots(const std::vector<Tensor>& outputs, const std::vector<int64_t>& starts,
         const RowLayout& layout)
       : starts_(starts) {
+    blocks_.reserve(outputs.size());
     for (const Tensor& output : outputs) {
       const Tensor rows = in_layout(output, layout);
-      bases_.push_back(static_cast<const char*>(rows.const_data_ptr()));
-      strides_.push_back(row_stride_bytes(rows));
-      sizes_.push_back(rows.size(0));
-      kept_.push_back(rows);
+      blocks_.push_back({rows, static_cast<const char*>(rows.const_data_ptr()),
+                         row_stride_bytes(rows), rows.size(0)});
     }
   }
 
@@ -32,10 +31,16 @@ class Slots {
     if (after == starts_.begin()) return nullptr;
     const size_t i = static_cast<size_t>(after - starts_.begin()) - 1;
     const int64_t local = slot - starts_[i];
-    return local < sizes_[i] ? bases_[i] + local * strides_[i] : nullptr;
+    return local < blocks_[i].rows ? blocks_[i].base + local * blocks_[i].stride : nullptr;
   }
 
  private:
+  struct Block {
+    Tensor kept;  // alive as long as `base` is read
+    const char* base;
+    int64_t stride, rows;
+  };
+
   static Tensor in_layout(const Tensor& output, const RowLayout& layout) {
     const auto strides = output.strides();
     const auto sizes = output.sizes();
@@ -49,10 +54,7 @@ class Slots {
   }
 
   const std::vector<int64_t>& starts_;
-  std::vector<const char*> bases_;
-  std::vector<int64_t> strides_;
-  std::vector<int64_t> sizes_;
-  std::vector<Tensor> kept_;  // keeps copies alive
+  std::vector<Block> blocks_;
 };
 
 }  // namespace dynmm

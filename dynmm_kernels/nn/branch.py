@@ -110,10 +110,11 @@ class Branch(nn.Module):
             return batch
         return Arguments(self.select(batch.selected), self.label, batch.num_rows)
 
-    def call(self, arguments: tuple[Any, ...]) -> Any:
+    def call(self, arguments: Sequence[Any]) -> Any:
         """The module's output; its own exceptions gain the branch's name and keep their type."""
         try:
-            return self._modules["module"](*arguments)  # past Module.__getattr__, which is slow
+            module: Any = self._modules["module"]  # past Module.__getattr__, which is slow
+            return module(*arguments)
         except Exception as error:
             note = f"in {self.label}"
             text = error.args[0] if error.args and isinstance(error.args[0], str) else None

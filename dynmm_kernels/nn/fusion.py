@@ -13,6 +13,7 @@ from ..plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch
 from .execution import Learning, run_everywhere, run_routed
+from .flat import run_flat
 from .gates import gumbel_like, one_hot, straight_through
 from .routing import Routing
 
@@ -103,25 +104,28 @@ class RoutedFusion(nn.Module):
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
                 message names the branch, what came and what was wanted.
         """
+        if not (return_routing or torch.is_grad_enabled() or choice is not None):
+            output = run_flat(self, inputs)
+            if output is not None:
+                return output
         batch = Arguments(inputs, "RoutedFusion inputs")
-        branches: list[Branch] = list(self._modules["branches"]._modules.values())  # type: ignore
+        branches: list[Branch] = list(self._modules["branches"]._modules.values())  # type: ignore[union-attr,arg-type]
         dense = self.execution == "dense" and choice is None
         learning = probs = None
+        gate_cost = 0.0
         if choice is None:
             logits = self._ask_gate(batch, len(branches), generator)
             choice, plan = self._decide(logits)
             learns = self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
             if learns or dense or return_routing:
                 probs = (logits / self.temperature).softmax(1)
-            if learns:
-                learning = Learning(self.gate_grad, probs, choice)
-            gate_cost = self.gate.cost or 0.0 if return_routing else 0.0
+                gate_cost = self.gate.cost or 0.0
+                learning = Learning(self.gate_grad, probs, choice) if learns else None
         else:
             choice = self._forced(choice, batch, len(branches))
             plan = F.route(choice, len(branches))
-            gate_cost = 0.0
 
-        if dense:
+        if dense and probs is not None:
             output, rows_run = run_everywhere(branches, batch, probs, soft=True)
         elif self.execution == "masked" or not any(plan.counts):
             weights = _hard_weights(choice, probs, learning, len(branches))
@@ -131,14 +135,14 @@ class RoutedFusion(nn.Module):
             output, rows_run = run_routed(branches, batch, plan, learning, subset_norm)
         if not return_routing:
             return output
-        costs = [branch.cost for branch in branches]
+        costs = tuple(branch.cost for branch in branches if branch.cost is not None)
         return output, Routing(
             choice=None if dense else choice,
             probs=probs,
             plan=None if dense else plan,
             num_rows=plan.num_rows,
             rows_run=rows_run,
-            costs=None if None in costs else tuple(costs),
+            costs=costs if len(costs) == len(branches) else None,
             gate_cost=gate_cost,
         )
 
@@ -148,19 +152,7 @@ class RoutedFusion(nn.Module):
         """Logits [N, B], with noise where that is wanted."""
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
         logits = gate.call(gate.arguments(batch).whole(batch.num_rows or 0))
-        wanted = f"[{'N' if batch.num_rows is None else batch.num_rows}, {num_branches}]"
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"{gate.label} must return floating logits {wanted}; got {got}")
-        if (
-            logits.ndim != 2
-            or logits.shape[1] != num_branches
-            or (batch.num_rows not in (None, logits.shape[0]))
-        ):
-            raise ValueError(
-                f"{gate.label} must return logits of shape {wanted}, one column per branch; "
-                f"got {list(logits.shape)}"
-            )
+        F.check_logits(logits, batch.num_rows, num_branches)
         if self.noise == "gumbel" and self.training:
             return logits + gumbel_like(logits, generator)
         return logits
@@ -168,12 +160,7 @@ class RoutedFusion(nn.Module):
     def _decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N] and its plan; the check of the logits rides on the counts."""
         choice, plan = F.route_argmax(logits.detach() if logits.requires_grad else logits)
-        if plan.host_header[-2]:
-            faults, row = plan.faults
-            raise ValueError(
-                f"the gate's logits must have a finite maximum and no nan; got "
-                f"{logits[row].tolist()} in row {row} ({faults} such rows in all)"
-            )
+        F.check_faults(logits, plan.host_header)
         return choice, plan
 
     def _forced(self, choice: int | Tensor, batch: Arguments, num_branches: int) -> Tensor:

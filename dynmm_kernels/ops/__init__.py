@@ -1,7 +1,16 @@
 """The lowest floor: schemas, their reference, and the kernels that override it."""
 
-from . import schemas
+from . import backends, schemas
 from .backends import BACKENDS, backend, compiled, kernels, why_not
 from .reference import weight_dtype
 
-__all__ = ["BACKENDS", "backend", "compiled", "kernels", "schemas", "weight_dtype", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "backend",
+    "backends",
+    "compiled",
+    "kernels",
+    "schemas",
+    "weight_dtype",
+    "why_not",
+]

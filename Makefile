@@ -1,0 +1,27 @@
+.PHONY: install format lint test check bench demo
+
+install:  ## editable, with the torch of this environment
+	pip install --no-build-isolation -e '.[dev]'
+
+format:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(shell git ls-files 'csrc/*')
+
+lint:
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(shell git ls-files 'csrc/*')
+
+test:
+	pytest
+
+check:
+	python -m dynmm_kernels check
+
+bench:
+	pytest benchmarks/ --benchmark-only
+
+demo:
+	python -m dynmm_kernels demo
