@@ -21,24 +21,26 @@ using Strides = std::vector<int64_t>;
 
 // Uninitialised, on the device of `like`. The C shim allocates without a trip through the
 // dispatcher, which matters when a whole batch takes tens of microseconds.
-inline Tensor empty_strided(const Tensor& like, const Strides& sizes, const Strides& strides,
-                            ScalarType dtype) {
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes,
+                            const int64_t* strides, ScalarType dtype) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle));
   return Tensor(handle);
 }
 
 inline Tensor empty_vector(const Tensor& like, int64_t size, ScalarType dtype) {
-  return empty_strided(like, {size}, {1}, dtype);
+  const int64_t stride = 1;
+  return empty_strided(like, 1, &size, &stride, dtype);
 }
 
 inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-  return empty_strided(like, {rows, columns}, {columns > 0 ? columns : 1, 1}, dtype);
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {columns > 0 ? columns : 1, 1};
+  return empty_strided(like, 2, sizes, strides, dtype);
 }
 
 // A sample's row in memory. `dense`: its elements fill one block, whatever their order
@@ -90,7 +92,8 @@ inline Tensor empty_rows(const Tensor& like, int64_t rows, const RowLayout& layo
   const auto sizes = like.sizes();
   Strides shape(sizes.data(), sizes.data() + sizes.size());
   shape[0] = rows;
-  return empty_strided(like, shape, layout.strides, like.scalar_type());
+  return empty_strided(like, static_cast<int64_t>(shape.size()), shape.data(),
+                       layout.strides.data(), like.scalar_type());
 }
 
 // Rows that can be moved as blocks: `t` itself, or a copy where its rows have holes.

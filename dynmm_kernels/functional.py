@@ -29,16 +29,29 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
         ValueError: wrong shape, or a value outside -1..B-1 (on a GPU it is raised when the counts
             are first read).
     """
+    plain = type(selection) is Tensor and selection.ndim == 1 and selection.dtype is torch.int64
+    if not plain or num_branches < 1 or selection.shape[0] >= _LIMIT:
+        _check_selection(selection, num_branches)
+    order, inverse, header = ops.backends.serving.route(selection, num_branches)
+    if not selection.is_cpu:
+        return RoutingPlan(order, inverse, header, num_branches)
+    plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
+    if plan.host_header[-2]:
+        check_choice(plan, selection)
+    return plan
+
+
+def _check_selection(selection: Any, num_branches: int) -> None:
     if not isinstance(selection, Tensor):
         raise TypeError(f"route: selection must be a tensor; got {type(selection).__name__}")
     if num_branches < 1:
         raise ValueError(f"route: num_branches must be at least 1; got {num_branches}")
-    shape = tuple(selection.shape)
+    shape = list(selection.shape)
     if selection.dtype == torch.bool:
         if len(shape) != 2 or shape[1] != num_branches:
             raise ValueError(
                 f"route: a bool mask must have shape [N, num_branches] = [N, {num_branches}]; "
-                f"got {list(shape)}"
+                f"got {shape}"
             )
     elif selection.dtype not in _INTEGERS:
         raise TypeError(
@@ -46,14 +59,9 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             f"{selection.dtype}. For logits, route their argmax(dim=1)"
         )
     elif len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] == 0):
-        raise ValueError(f"route: selection must have shape [N] or [N, k>=1]; got {list(shape)}")
+        raise ValueError(f"route: selection must have shape [N] or [N, k>=1]; got {shape}")
     if selection.numel() >= _LIMIT:
         raise ValueError(f"route: at most 2**31 - 2 entries (N*k); got {selection.numel()}")
-    order, inverse, header = ops.kernels().route(selection, num_branches)
-    plan = RoutingPlan(order, inverse, header, num_branches)
-    if selection.device.type == "cpu":
-        check_choice(plan, selection)
-    return plan
 
 
 def check_choice(plan: RoutingPlan, selection: Tensor) -> None:

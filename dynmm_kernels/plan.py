@@ -63,9 +63,9 @@ class RoutingPlan:
         return self._host
 
     @property
-    def starts(self) -> list[int]:
+    def starts(self) -> tuple[int, ...]:
         """The B+1 offsets on the host."""
-        return self.host_header[:-2]
+        return tuple(self.host_header[:-2])
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -19,6 +19,21 @@ struct Faults {
   int64_t first = -1;
 };
 
+// Counting is bound by the latency of a counter in memory. Four runs of rows, each with counters of
+// its own, advance side by side; every run keeps its rows in order.
+constexpr int64_t kLanes = 4;
+
+// f(lane, n) for all rows n in [begin, end), ascending within a lane, lanes one after the other.
+template <class F>
+void for_rows(int64_t begin, int64_t end, const F& f) {
+  const int64_t run = (end - begin) / kLanes;
+  for (int64_t i = 0; i < run; ++i) {
+#pragma GCC unroll 4
+    for (int64_t lane = 0; lane < kLanes; ++lane) f(lane, begin + lane * run + i);
+  }
+  for (int64_t n = begin + kLanes * run; n < end; ++n) f(kLanes - 1, n);
+}
+
 // decide(n, j) is in [0, branches), kNone or kFaulty, and is called once per entry. decided(n, j)
 // is called later on the same thread and repeats the answer; anything negative is no branch.
 template <class Decide, class Decided>
@@ -36,39 +51,44 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
       entries <= kEntriesPerThread
           ? 1
           : std::min<int64_t>(torch::stable::get_num_threads(), entries / kEntriesPerThread);
-  std::vector<int64_t> next(chunks * branches, 0);  // [chunk, branch]: rows, later the next slot
-  std::vector<Faults> faults(chunks);
-  const auto over_chunks = [&](const auto& body) {
-    if (chunks == 1) return body(0, 1);
-    torch::stable::parallel_for(0, chunks, 1, body);
+  const int64_t runs = chunks * kLanes;
+  std::vector<int32_t> counters(runs * branches, 0);
+  int32_t* const next = counters.data();  // [run, branch]: rows, later the next slot
+  std::vector<Faults> faults(runs);
+  Faults* const fault = faults.data();
+  // f(run, n) for all rows, the same way each time.
+  const auto over_rows = [&](const auto& f) {
+    const auto over_chunks = [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) {
+        for_rows(rows * c / chunks, rows * (c + 1) / chunks,
+                 [=](int64_t lane, int64_t n) { f(c * kLanes + lane, n); });
+      }
+    };
+    if (chunks == 1) return over_chunks(0, 1);
+    torch::stable::parallel_for(0, chunks, 1, over_chunks);
   };
 
-  over_chunks([&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      int64_t* count = next.data() + c * branches;
-      for (int64_t n = rows * c / chunks; n < rows * (c + 1) / chunks; ++n) {
-        for (int64_t j = 0; j < ranks; ++j) {
-          const int64_t branch = decide(n, j);
-          if (branch >= 0) {
-            ++count[branch];
-          } else if (branch == kFaulty && faults[c].count++ == 0) {
-            faults[c].first = n * ranks + j;
-          }
-        }
+  over_rows([=](int64_t run, int64_t n) {
+    for (int64_t j = 0; j < ranks; ++j) {
+      const int64_t branch = decide(n, j);
+      if (branch >= 0) {
+        ++next[run * branches + branch];
+      } else if (branch == kFaulty && fault[run].count++ == 0) {
+        fault[run].first = n * ranks + j;
       }
     }
   });
 
-  int64_t slot = 0;
+  int32_t slot = 0;
   for (int64_t b = 0; b < branches; ++b) {
-    header[b] = static_cast<int32_t>(slot);
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t count = next[c * branches + b];
-      next[c * branches + b] = slot;
+    header[b] = slot;
+    for (int64_t run = 0; run < runs; ++run) {
+      const int32_t count = next[run * branches + b];
+      next[run * branches + b] = slot;
       slot += count;
     }
   }
-  header[branches] = static_cast<int32_t>(slot);
+  header[branches] = slot;
   Faults all;
   for (const Faults& f : faults) {
     if (all.count == 0) all.first = f.first;
@@ -77,17 +97,16 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
   header[branches + 1] = static_cast<int32_t>(all.count);
   header[branches + 2] = static_cast<int32_t>(all.first);
 
-  over_chunks([&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      int64_t* to = next.data() + c * branches;
-      for (int64_t n = rows * c / chunks; n < rows * (c + 1) / chunks; ++n) {
-        for (int64_t j = 0; j < ranks; ++j) {
-          const int64_t branch = decided(n, j);
-          const int64_t entry = n * ranks + j;
-          const int64_t where = branch >= 0 ? to[branch]++ : kNone;
-          inverse[entry] = static_cast<int32_t>(where);
-          if (branch >= 0) order[where] = static_cast<int32_t>(entry);
-        }
+  over_rows([=](int64_t run, int64_t n) {
+    for (int64_t j = 0; j < ranks; ++j) {
+      const int64_t branch = decided(n, j);
+      const auto entry = static_cast<int32_t>(n * ranks + j);
+      if (branch >= 0) {
+        const int32_t where = next[run * branches + branch]++;
+        inverse[entry] = where;
+        order[where] = entry;
+      } else {
+        inverse[entry] = -1;
       }
     }
   });
@@ -98,11 +117,15 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
 template <class T>
 Plan route_choice(const Tensor& selection, int64_t rows, int64_t ranks, int64_t branches) {
   const auto* choice = static_cast<const T*>(selection.const_data_ptr());
-  const auto branch_of = [=](int64_t n, int64_t j) -> int64_t {
+  const auto decide = [=](int64_t n, int64_t j) -> int64_t {
     const int64_t branch = static_cast<int64_t>(choice[n * ranks + j]);
     return branch >= -1 && branch < branches ? branch : kFaulty;
   };
-  return counting_sort(selection, rows, ranks, branches, branch_of, branch_of);
+  const auto decided = [=](int64_t n, int64_t j) -> int64_t {
+    const int64_t branch = static_cast<int64_t>(choice[n * ranks + j]);
+    return branch < branches ? branch : kNone;
+  };
+  return counting_sort(selection, rows, ranks, branches, decide, decided);
 }
 
 Plan route_mask(const Tensor& selection, int64_t rows, int64_t branches) {
@@ -165,7 +188,7 @@ Plan route_selection(const Tensor& selection, int64_t branches) {
 // selection: int [N, k] or [N], or bool [N, B]. header: B+1 offsets, number of faults, first fault.
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& selection, int64_t branches) {
   Plan plan = route_selection(as_contiguous(selection), branches);
-  return {plan.order, plan.inverse, plan.header};
+  return {std::move(plan.order), std::move(plan.inverse), std::move(plan.header)};
 }
 
 // logits: floating [N, B]. Also returns choice int64 [N]; faulty rows choose -1.
@@ -173,10 +196,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_argmax(const Tensor& logits) {
   const Tensor scores = as_contiguous(logits);
   const Tensor choice = empty_vector(logits, logits.size(0), ScalarType::Long);
   auto* chosen = static_cast<int64_t*>(choice.mutable_data_ptr());
-  const Plan plan = visit_dtype(scores.scalar_type(), [&](auto zero) {
-    return route_logits<decltype(zero)>(scores, chosen);
-  });
-  return {choice, plan.order, plan.inverse, plan.header};
+  Plan plan = visit_dtype(scores.scalar_type(),
+                          [&](auto zero) { return route_logits<decltype(zero)>(scores, chosen); });
+  return {choice, std::move(plan.order), std::move(plan.inverse), std::move(plan.header)};
 }
 
 }  // namespace dynmm
