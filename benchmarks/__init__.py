@@ -1,0 +1,1 @@
+"""Workloads, baselines and measurements: ``pytest benchmarks/ --benchmark-only``."""

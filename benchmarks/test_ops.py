@@ -1,0 +1,137 @@
+"""The functional floor against the PyTorch calls it replaces."""
+
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+import torch
+
+from benchmarks.timing import interleave, replay
+from benchmarks.workloads import planned_choice
+from dynmm_kernels import combine, gather, route
+
+ROWS = ("dynmm_kernels", "torch")
+ROW_BYTES = (16, 1024, 65536, 1 << 20)
+TOTAL_BYTES = 1 << 25
+
+both = pytest.mark.parametrize("row", ROWS)
+replayed = pytest.mark.benchmark(timer=replay.now)
+
+
+@pytest.fixture(scope="module")
+def races():
+    """Group -> row -> seconds of each round."""
+    return {}
+
+
+@pytest.fixture
+def compare(benchmark, races, row, effort, device):
+    """Checks that the contestants agree exactly, times them together, reports one of them."""
+
+    def run(group: str, contestants: dict[str, Callable], moved_bytes: int | None = None):
+        if group not in races:
+            ours, theirs = (contestants[name]() for name in ROWS)
+            assert len(ours) == len(theirs)
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.dtype == b.dtype
+                assert torch.equal(a, b), f"{group}: the results differ; not timed"
+            races[group] = interleave(contestants, effort, device)
+        seconds = races[group]
+        benchmark.group = group
+        benchmark.extra_info["torch_over_ours"] = median(seconds["torch"]) / median(
+            seconds["dynmm_kernels"]
+        )
+        benchmark.extra_info["threads"] = torch.get_num_threads()
+        if moved_bytes is not None:
+            benchmark.extra_info["gb_per_s"] = moved_bytes / median(seconds[row]) / 1e9
+        replay(benchmark, seconds[row])
+
+    return run
+
+
+def batch_of(row_bytes: int) -> int:
+    return min(4096, TOTAL_BYTES // row_bytes)
+
+
+def rows_by_branch(choice):
+    return [(choice == b).nonzero().squeeze(1) for b in range(2)]
+
+
+@replayed
+@both
+@pytest.mark.parametrize("branches", [2, 8])
+@pytest.mark.parametrize("n", [32, 1024, 65536])
+def test_route(compare, device, n, branches):
+    """A plan whose counts the host knows, as every routed forward needs it."""
+    choice = torch.randint(0, branches, (n,), generator=torch.Generator().manual_seed(0))
+    choice = choice.to(device)
+
+    def ours():
+        plan = route(choice, branches)
+        assert sum(plan.counts) == n
+        return plan.order, plan.offsets
+
+    def theirs():
+        order = torch.sort(choice, stable=True).indices.int()
+        offsets = torch.bincount(choice, minlength=branches).cumsum(0)
+        offsets = torch.nn.functional.pad(offsets, (1, 0)).int()
+        assert offsets.tolist()[-1] == n
+        return order, offsets
+
+    compare(f"route N={n} B={branches}", {"dynmm_kernels": ours, "torch": theirs})
+
+
+@replayed
+@both
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+def test_gather(compare, device, row_bytes):
+    """Three modalities of different dtype, two branches, half of the rows each."""
+    n = batch_of(row_bytes)
+    choice = planned_choice(n, 0.5).to(device)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(n, row_bytes // 4, generator=generator).to(device),
+        torch.randn(n, row_bytes // 2, generator=generator).to(device, torch.float16),
+        torch.randint(0, 1000, (n, row_bytes // 8), generator=generator).to(device),
+    ]
+    plan = route(choice, 2)
+    rows = rows_by_branch(choice)
+
+    def ours():
+        return [tensor for branch in gather(plan, tensors) for tensor in branch]
+
+    def theirs():
+        return [tensor.index_select(0, own) for own in rows for tensor in tensors]
+
+    compare(
+        f"gather 3 modalities, {row_bytes} B a row, N={n}",
+        {"dynmm_kernels": ours, "torch": theirs},
+        moved_bytes=2 * 3 * n * row_bytes,
+    )
+
+
+@replayed
+@both
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+def test_combine(compare, device, row_bytes):
+    """The outputs of two branches, back in sample order."""
+    n = batch_of(row_bytes)
+    choice = planned_choice(n, 0.5).to(device)
+    plan = route(choice, 2)
+    rows = rows_by_branch(choice)
+    outputs = [torch.randn(len(own), row_bytes // 4, device=device) for own in rows]
+
+    def ours():
+        return [combine(plan, outputs)]
+
+    def theirs():
+        out = outputs[0].new_empty(n, row_bytes // 4)
+        for own, output in zip(rows, outputs, strict=True):
+            out.index_copy_(0, own, output)
+        return [out]
+
+    compare(
+        f"combine {row_bytes} B a row, N={n}",
+        {"dynmm_kernels": ours, "torch": theirs},
+        moved_bytes=2 * n * row_bytes,
+    )

@@ -1,0 +1,108 @@
+"""Interleaved timing.
+
+On a shared machine the same call takes 1.0 s now and 1.4 s a minute later, so two rows timed one
+after the other have no meaningful ratio. Here every contestant runs once per round, in an order
+that rotates, and medians are taken over rounds.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Effort:
+    seconds: float
+    """How long the rounds of one group may take in all."""
+    rounds: tuple[int, int]
+    """At least and at most."""
+    sample: float = 5e-4
+    """A call shorter than this is repeated inside one round."""
+
+    def at_least(self, rounds: int) -> "Effort":
+        return replace(self, rounds=(rounds, max(rounds, self.rounds[1])))
+
+
+QUICK = Effort(seconds=2.0, rounds=(3, 30))
+FULL = Effort(seconds=30.0, rounds=(9, 100))
+ONCE = Effort(seconds=0.0, rounds=(1, 1), sample=0.0)
+
+
+def synced_clock(device: str) -> Callable[[], float]:
+    """A clock that waits for the device."""
+    if not device.startswith("cuda"):
+        return time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+def interleave(
+    contestants: dict[str, Callable[[], object]], effort: Effort, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds per call of every contestant, one entry per round."""
+    now = synced_clock(device)
+
+    def timed(run: Callable[[], object], calls: int) -> float:
+        start = now()
+        for _ in range(calls):
+            run()
+        return (now() - start) / calls
+
+    def warmed_up(run: Callable[[], object]) -> float:
+        first = timed(run, 1)
+        return first if first > 0.1 else min(first, timed(run, 1))
+
+    warm = {name: warmed_up(run) for name, run in contestants.items()}
+    calls = {name: max(1, math.ceil(effort.sample / warm[name])) for name in contestants}
+    one_round = sum(warm[name] * calls[name] for name in contestants)
+    fewest, most = effort.rounds
+    rounds = min(max(int(effort.seconds / one_round), fewest), most)
+
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(timed(contestants[name], calls[name]))
+            gc.collect(0)
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+class Replay:
+    """Hands recorded durations to pytest-benchmark.
+
+    The rounds of one row were measured among those of its whole group. The fixture is given a
+    target that does nothing but let this clock run on by the next recorded duration, so that its
+    tables, its JSON and its comparisons rest on the interleaved rounds.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._left: Iterator[float] = iter(())
+
+    def now(self) -> float:
+        return self._now
+
+    def __call__(self, benchmark, seconds: list[float]) -> None:
+        self._left = iter(seconds)
+        benchmark.pedantic(self._run, rounds=len(seconds))
+
+    def _run(self) -> None:
+        self._now += next(self._left)
+
+
+replay = Replay()

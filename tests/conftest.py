@@ -1,0 +1,114 @@
+"""Fixtures for every test: seeds, poisoned memory, one run per CPU backend."""
+
+import functools
+import os
+import random
+import sys
+from collections.abc import Iterator
+
+import dynmm_kernels
+import pytest
+import torch
+from torch import Tensor
+
+CPU_BACKENDS = ("reference", "cpu")
+ALLOW_REFERENCE = os.environ.get("DYNMM_ALLOW_REFERENCE") == "1"
+
+
+@functools.cache
+def why_unusable(name: str) -> str | None:
+    try:
+        with dynmm_kernels.backend(name):
+            dynmm_kernels.route(torch.zeros(1, dtype=torch.int64), 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def tested_backends() -> tuple[str, ...]:
+    """All of them: a backend that is missing fails its tests, unless that is explicitly allowed."""
+    if not ALLOW_REFERENCE:
+        return CPU_BACKENDS
+    return tuple(name for name in CPU_BACKENDS if name == "reference" or not why_unusable(name))
+
+
+def pytest_report_header() -> list[str]:
+    lines = []
+    for name in CPU_BACKENDS:
+        problem = why_unusable(name)
+        consequence = "NOT TESTED (DYNMM_ALLOW_REFERENCE=1)" if ALLOW_REFERENCE else "will fail"
+        lines.append(f"backend {name}: " + (f"{consequence}: {problem}" if problem else "tested"))
+    return lines
+
+
+@pytest.fixture(params=tested_backends())
+def backend(request) -> Iterator[str]:
+    """Runs the test once per CPU backend."""
+    with dynmm_kernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def backends() -> tuple[str, ...]:
+    """The CPU backends, for a test that runs all of them on each case it generates."""
+    return tested_backends()
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Each generator by itself: torch.manual_seed takes milliseconds where CUDA is not there."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms, under which ATen also fills what C++ leaves uninitialised."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def poison(tensor: Tensor) -> None:
+    with torch.no_grad():
+        if tensor.dtype is torch.bool:
+            tensor.fill_(True)
+        elif tensor.dtype.itemsize == 1:  # 0x7f is NaN in float8_e4m3fn
+            tensor.view(torch.uint8).fill_(0x7F)
+        elif tensor.is_floating_point() or tensor.is_complex():
+            tensor.fill_(float("nan"))
+        else:
+            tensor.fill_(int.from_bytes(b"\x7f" * tensor.dtype.itemsize, "little"))
+
+
+def poisoned(create):
+    @functools.wraps(create)
+    def wrapper(*args, **kwargs):
+        tensor = create(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] == "dynmm_kernels":
+                poison(tensor)
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_empty() -> Iterator[None]:
+    """Uninitialised memory that the package asks for from Python holds NaN or 0x7f bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(Tensor, name, poisoned(getattr(Tensor, name)))
+        yield

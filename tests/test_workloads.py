@@ -1,0 +1,191 @@
+"""The benchmark models cost what the papers' figures say, and the plans are exact."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import baselines
+from benchmarks.ceilings import ceiling
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.workloads import (
+    IMDB_BATCH_NORM,
+    WORKLOADS,
+    PlannedGate,
+    planned_choice,
+    planned_logits,
+)
+
+
+def counted_macs(module, inputs, n):
+    """Per sample. Fused attention kernels are not counted on every device, plain ones are."""
+    module.eval()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(inputs)
+    return counter.get_total_flops() / 2 / n
+
+
+@cache
+def eval_model(name):
+    gate, experts = WORKLOADS[name].make_model(torch.float64, dropout=0.0)
+    for module in (gate, *experts.values()):
+        module.eval()
+    return gate, experts
+
+
+def prepared(name, n, p):
+    """Gate, experts, input (sequences cut to three steps) and the planned choice."""
+    gate, experts = eval_model(name)
+    choice = planned_choice(n, p)
+    x = WORKLOADS[name].make_inputs(n, torch.float64)
+    x = tree_map(lambda tensor: tensor[:, :3] if tensor.dim() == 3 else tensor, x)
+    return PlannedGate(gate, planned_logits(choice)), experts, x, choice
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("imdb", (0.563, 0.690, 10.306)), ("mosei", (10.8, 142.1, 349.5))],
+)
+def test_costs_are_the_published_ones(name, millions):
+    workload = WORKLOADS[name]
+    gate, experts = workload.make_model(torch.float32)
+    inputs = workload.make_inputs(2, torch.float32)
+    batch_norm = {"imdb": (0, 0, IMDB_BATCH_NORM)}.get(name, (0, 0, 0))
+
+    counted = [
+        counted_macs(module, inputs, 2) + extra
+        for module, extra in zip((gate, *experts.values()), batch_norm, strict=True)
+    ]
+
+    assert counted == [workload.costs.gate, *workload.costs.branches]
+    digits = 3 if name == "imdb" else 1
+    assert tuple(round(macs / 1e6, digits) for macs in counted) == millions
+
+
+def test_imdb_costs_are_the_authors_constants():
+    """The authors' table [1.25261, 10.86908] M is an expert plus the gate."""
+    costs = WORKLOADS["imdb"].costs
+    assert [round((cost + costs.gate) / 1e6, 5) for cost in costs.branches] == [1.25261, 10.86908]
+
+
+def test_trivial_costs():
+    workload = WORKLOADS["trivial"]
+    gate, experts = workload.make_model(torch.float32)
+    x = workload.make_inputs(2, torch.float32)
+    counted = [counted_macs(module, x, 2) for module in (gate, *experts.values())]
+    assert counted == [workload.costs.gate, *workload.costs.branches]
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "gate_grad", "expected"),
+    [
+        ("imdb", 0.036, None, 7.2),
+        ("imdb", 0.681, None, 1.48),
+        ("imdb", 0.889, None, 1.18),
+        ("mosei", 0.164, None, 2.69),
+        ("mosei", 0.646, None, 1.75),
+        ("mosei", 0.869, None, 1.51),
+        ("mosei", 0.164, "straight_through", 1.72),
+        ("mosei", 0.164, "selected", 2.69),
+    ],
+)
+def test_ceilings(name, p, gate_grad, expected):
+    active = round(1000 * p)
+    value = ceiling(WORKLOADS[name].costs, (1000 - active, active), gate_grad)
+    assert round(value, len(str(expected).split(".")[1])) == expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 128, 1025])
+@pytest.mark.parametrize("p", [0.0, 0.036, 0.164, 0.5, 1.0])
+def test_planned_choice_is_exact_and_repeatable(n, p):
+    choice = planned_choice(n, p)
+    assert choice.shape == (n,)
+    assert int(choice.sum()) == round(p * n)
+    assert torch.equal(choice, planned_choice(n, p))
+    assert torch.equal(planned_logits(choice).argmax(1), choice)
+
+
+def test_planned_gate_pays_for_and_trains_the_real_gate():
+    gate, _ = WORKLOADS["imdb"].make_model(torch.float64)
+    inputs = WORKLOADS["imdb"].make_inputs(5, torch.float64)
+    planned = planned_logits(planned_choice(5, 0.4))
+    direction = torch.randn(5, 2, dtype=torch.float64)
+
+    (gate(inputs) * direction).sum().backward()
+    expected = [parameter.grad.clone() for parameter in gate.parameters()]
+    gate.zero_grad()
+    out = PlannedGate(gate, planned)(inputs)
+    (out * direction).sum().backward()
+
+    assert torch.equal(out, planned.double())
+    for parameter, gradient in zip(gate.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_models_are_seeded(name):
+    first, second = (WORKLOADS[name].make_model(torch.float32) for _ in range(2))
+    for a, b in zip((first[0], *first[1].values()), (second[0], *second[1].values()), strict=True):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+def test_baselines_agree(name, p):
+    """Per sample: masked, the loop and the bare calls all give the chosen expert's output."""
+    gate, experts, x, choice = prepared(name, 5, p)
+    with torch.no_grad():
+        every = torch.stack([expert(x) for expert in experts.values()], dim=1)
+        expected = every[torch.arange(5), choice]
+        torch.testing.assert_close(baselines.masked(gate, experts, x), expected)
+        torch.testing.assert_close(baselines.handwritten_loop(gate, experts, x), expected)
+        bare = baselines.Bare.prepare(gate, experts, x, choice)
+        for y, (_, _, rows) in zip(bare.forward(), bare.selected, strict=True):
+            torch.testing.assert_close(y, expected[rows])
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_loop_has_the_selected_gradient(name):
+    gate, experts, x, _ = prepared(name, 5, 0.4)
+    parameters = [p for module in (gate, *experts.values()) for p in module.parameters()]
+
+    def gradients(out):
+        out.square().sum().backward()
+        collected = [p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return collected
+
+    expected = baselines.masked(gate, experts, x, weigh=baselines.straight_through_selected)
+    for g, reference in zip(
+        gradients(baselines.handwritten_loop(gate, experts, x)), gradients(expected), strict=True
+    ):
+        torch.testing.assert_close(g, reference)
+
+
+def test_peak_bytes_is_the_most_held_at_once():
+    def run():
+        first = torch.zeros(1 << 18)
+        second = torch.zeros(1 << 16)
+        del first
+        third = torch.zeros(1 << 17)
+        return second, third
+
+    assert peak_bytes(run) == 4 * ((1 << 18) + (1 << 16))
+
+
+def test_saved_bytes_counts_a_storage_once_and_leaves_out_the_known():
+    x = torch.randn(64, 32)
+    linear = torch.nn.Linear(32, 16)
+
+    def forward():
+        y = linear(x).tanh()  # tanh keeps its output, linear keeps x
+        return y * y  # which is kept again
+
+    known = [x, *linear.parameters()]
+    assert saved_bytes(forward, known) == 64 * 16 * 4
+    assert saved_bytes(forward) == (64 * 16 + 64 * 32) * 4
