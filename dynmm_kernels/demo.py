@@ -1,0 +1,366 @@
+"""The whole idea on handwritten digits, in under a minute on two CPU cores.
+
+Every 8x8 digit of scikit-learn is seen twice: as a 4x4 thumbnail and in full. Branch E1 is a small
+network that reads only the thumbnail; branch E2 is a convolutional network that fuses both views
+and costs twenty times as much. A gate looks at the thumbnail and decides which of the two a digit
+deserves. It learns to be thrifty, because what it spends is part of the loss. The held-out half is
+then classified by the same trained model dense, masked and routed; masked and routed must agree,
+what differs is the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .costs import branch_costs
+from .losses import resource_loss
+from .nn import Branch, RoutedFusion
+
+E1, E2 = 0, 1
+TRAIN_BATCH, TEST_BATCH = 64, 256
+COST_WEIGHT = 0.12  # of the resource loss; larger sends more digits to E1
+RATES = (  # stage, peak learning rates of gate, E1, E2
+    ("branches", [0.0, 1e-2, 3e-3]),
+    ("gate and branches", [3e-3, 1e-3, 1e-3]),
+)
+
+Views = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images [N, 1, 8, 8] in -1..1 and labels [N], halved into training and test."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what one way of running the model gives and costs."""
+
+    mode: str
+    accuracy: float  # per cent
+    shares: tuple[float, ...]  # of the samples, or of the soft weights in dense mode
+    macs: float  # multiply-accumulates per sample, gate included where it runs
+    time_ms: float  # median over the whole test set
+    speedup: float  # over masked
+    ceiling: float  # the speed-up that the MACs alone would allow
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: tuple[Row, ...]
+    parity: float  # largest |routed - masked| over the logits, relative to the largest logit
+    samples: int
+    train_seconds: float
+    epochs: int
+    seed: int
+    threads: int
+
+    def row(self, mode: str) -> Row:
+        return next(row for row in self.rows if row.mode == mode)
+
+
+def load_digits(seed: int) -> Digits:
+    """Read the digits that ship inside scikit-learn: nothing is downloaded."""
+    try:
+        data = importlib.import_module("sklearn.datasets").load_digits()
+    except ImportError as error:
+        raise SystemExit(f"the demo needs scikit-learn ({error}): pip install '.[demo]'") from None
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(data.target, dtype=torch.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    train, test = order.chunk(2)
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def views(images: Tensor) -> Views:
+    """The two modalities: a 4x4 thumbnail and the full image."""
+    return {"low": F.avg_pool2d(images, 2), "full": images}
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn, scale and shift every image a little.
+
+    Without it both branches know the training digits by heart, and a gate that never meets a
+    mistake learns nothing.
+    """
+    turn, scale, right, down = (torch.rand(4, len(images), generator=generator) - 0.5) * 0.16
+    cos, sin = torch.cos(turn) + scale, torch.sin(turn)
+    matrix = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def perceptron(hidden: int, outputs: int) -> nn.Sequential:
+    """A network over the thumbnail alone."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(16, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs),
+    )
+
+
+class FusedNet(nn.Module):
+    """The costly branch: convolutions over the enlarged image, fused with the thumbnail."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Upsample(scale_factor=2, mode="bilinear")]
+        for before, after in ((1, width), (width, 2 * width)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.full = nn.Sequential(*layers, nn.Flatten())
+        self.low = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU())
+        self.head = nn.Linear(2 * width * 16 + 32, 10)
+
+    def forward(self, low: Tensor, full: Tensor) -> Tensor:
+        return self.head(torch.cat([self.full(full), self.low(low)], dim=1))
+
+
+def build(sample: Views) -> RoutedFusion:
+    """The model; every part knows its cost in millions of MACs per sample."""
+    gate, easy, hard = perceptron(128, 2), perceptron(256, 10), FusedNet()
+
+    def part(module: nn.Module, *inputs: str) -> Branch:
+        macs = branch_costs(module, tuple(sample[name] for name in inputs))
+        return Branch(module, inputs=inputs, cost=macs / 1e6)
+
+    branches = {"E1": part(easy, "low"), "E2": part(hard, "low", "full")}
+    return RoutedFusion(part(gate, "low"), branches, execution="routed")
+
+
+def train(
+    fusion: RoutedFusion, digits: Digits, epochs: int, seed: int, advance: Callable[[str], None]
+) -> None:
+    """DynMM's two stages: first the branches, each on every sample; then the gate with them.
+
+    In the second stage the gate decides hard, and the straight-through gradient tells it what the
+    other choice would have been worth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(digits.train_labels) // TRAIN_BATCH)
+    fusion.train()
+    gate, easy, hard = fusion.gate, *fusion.branches
+    for stage, rates in RATES:
+        groups = [{"params": part.parameters()} for part in (gate, easy, hard)]
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
+        for _ in range(epochs):
+            order = torch.randperm(len(digits.train_labels), generator=generator)
+            for rows in order.split(TRAIN_BATCH):
+                batch = views(jitter(digits.train_images[rows], generator))
+                labels = digits.train_labels[rows]
+                if stage == "branches":
+                    loss = F.cross_entropy(fusion(batch, choice=E1), labels)
+                    loss = loss + F.cross_entropy(fusion(batch, choice=E2), labels)
+                else:
+                    logits, routing = fusion(batch, return_routing=True)
+                    loss = F.cross_entropy(logits, labels) + COST_WEIGHT * resource_loss(routing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            advance(f"training {stage}")
+    fusion.eval()
+
+
+class Bench:
+    """The trained model on the test set, run in any mode."""
+
+    MODES = ("static E1", "static E2", "dense", "masked", "routed")
+
+    def __init__(self, fusion: RoutedFusion, digits: Digits) -> None:
+        self.fusion = fusion
+        self.labels = digits.test_labels
+        self.batches = [views(images) for images in digits.test_images.split(TEST_BATCH)]
+
+    def run(self, mode: str) -> list[tuple[Tensor, Any]]:
+        """(logits, routing) of every batch."""
+        static = mode.startswith("static")
+        self.fusion.execution = "routed" if static else mode
+        choice = (E1 if mode.endswith("E1") else E2) if static else None
+        with torch.inference_mode():
+            return [self.fusion(b, choice=choice, return_routing=True) for b in self.batches]
+
+    def logits(self, mode: str) -> Tensor:
+        return torch.cat([logits for logits, _ in self.run(mode)])
+
+    def parity(self) -> float:
+        """How far routed is from masked, relative to the largest logit."""
+        masked, routed = self.logits("masked"), self.logits("routed")
+        return float((masked - routed).abs().max() / masked.abs().max())
+
+    def times(self, rounds: int, advance: Callable[[str], None]) -> dict[str, float]:
+        """Median milliseconds of each mode, taken in turns so that a noisy moment hits them all."""
+        seconds: dict[str, list[float]] = {mode: [] for mode in self.MODES}
+        for mode in self.MODES:
+            self.run(mode)
+        for _ in range(rounds):
+            for mode in self.MODES:
+                start = time.perf_counter()
+                self.run(mode)
+                seconds[mode].append(time.perf_counter() - start)
+            advance("timing")
+        return {mode: 1e3 * median(values) for mode, values in seconds.items()}
+
+    def work(self, mode: str) -> tuple[tuple[float, ...], float]:
+        """The share of each branch, and the MMACs per sample that were really executed."""
+        shares, executed = torch.zeros(2), 0.0
+        for logits, routing in self.run(mode):
+            shares += routing.weights.sum(0)
+            executed += len(logits) * routing.executed_cost
+        total = len(self.labels)
+        return tuple((shares / total).tolist()), executed / total
+
+    def rows(self, times: dict[str, float]) -> tuple[Row, ...]:
+        work = {mode: self.work(mode) for mode in self.MODES}
+        return tuple(
+            Row(
+                mode=mode,
+                accuracy=100 * float((self.logits(mode).argmax(1) == self.labels).float().mean()),
+                shares=work[mode][0],
+                macs=work[mode][1],
+                time_ms=times[mode],
+                speedup=times["masked"] / times[mode],
+                ceiling=work["masked"][1] / work[mode][1],
+            )
+            for mode in self.MODES
+        )
+
+
+def experiment(
+    epochs: int = 20,
+    seed: int = 0,
+    rounds: int = 15,
+    advance: Callable[[str], None] = lambda text: None,
+) -> tuple[Report, Bench]:
+    """Train, check that routed equals masked, and only then time."""
+    digits = load_digits(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fusion = build(views(digits.test_images[:8]))
+        start = time.perf_counter()
+        train(fusion, digits, epochs, seed, advance)
+        train_seconds = time.perf_counter() - start
+    bench = Bench(fusion, digits)
+    parity = bench.parity()
+    if not parity < 1e-5:
+        raise RuntimeError(f"routed and masked logits differ by {parity:.1e} of the largest logit")
+    rows = bench.rows(bench.times(rounds, advance))
+    threads = torch.get_num_threads()
+    samples = len(digits.test_labels)
+    return Report(rows, parity, samples, train_seconds, epochs, seed, threads), bench
+
+
+def table(report: Report) -> str:
+    """The report as plain text."""
+    head = (
+        f"{'':10} {'accuracy':>8} {'E1 / E2 share':>15} {'MMACs/sample':>13} {'time':>9} "
+        f"{'speed-up':>9} {'ceiling':>8}"
+    )
+    lines = [head, "-" * len(head)]
+    for row in report.rows:
+        share = f"{100 * row.shares[E1]:.1f} / {100 * row.shares[E2]:.1f} %"
+        lines.append(
+            f"{row.mode:10} {row.accuracy:6.1f} % {share:>15} {row.macs:13.3f} "
+            f"{row.time_ms:6.1f} ms {row.speedup:8.2f}x {row.ceiling:7.2f}x"
+        )
+    lines += [
+        "",
+        f"{report.samples} test digits in batches of {TEST_BATCH}, {report.threads} threads; trained "
+        f"for 2 x {report.epochs} epochs in {report.train_seconds:.0f} s, seed {report.seed}.",
+        "Speed-up over masked; its ceiling from MACs alone. Largest difference routed - masked: "
+        f"{report.parity:.0e} of the largest logit.",
+    ]
+    return "\n".join(lines)
+
+
+def draw(report: Report, path: Path) -> bool:
+    """Speed-up beside its ceiling, and the accuracy; False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    rows = report.rows[::-1]
+    for y, row in enumerate(rows):
+        axes.barh(y, row.ceiling, color="#dddddd", label="ceiling by MACs" if y == 0 else None)
+        axes.barh(y, row.speedup, height=0.5, color="#0072b2", label="measured" if y == 0 else None)
+        text = f"{row.time_ms:.1f} ms, {row.accuracy:.1f} % right"
+        axes.text(1.02 * max(row.ceiling, row.speedup), y, text, va="center")
+    axes.set_yticks(range(len(rows)), [row.mode for row in rows])
+    axes.set_xscale("log")
+    axes.set_xlim(0.5, 6 * max(row.ceiling for row in rows))
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("speed-up over masked execution (log scale)")
+    axes.set_title(f"{report.samples} handwritten digits, one trained model", loc="left")
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+@contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar where rich is installed, else a line whenever the activity changes."""
+    if quiet:
+        yield lambda text: None
+        return
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        seen: set[str] = set()
+
+        def announce(text: str) -> None:
+            if text not in seen:
+                seen.add(text)
+                print(f"{text} ...", flush=True)
+
+        yield announce
+        return
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=int, default=20, help="of each of the two stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=15, help="of the timing")
+    parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    total = len(RATES) * arguments.epochs + arguments.rounds
+    with progress(total, quiet=arguments.json) as advance:
+        report, _ = experiment(arguments.epochs, arguments.seed, arguments.rounds, advance)
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2))
+        return 0
+    print(table(report))
+    if draw(report, arguments.figure):
+        print(f"figure: {arguments.figure}")
+    return 0
