@@ -1,9 +1,7 @@
 """Options, the cache of contests, and the summary at the end."""
 
-import contextlib
-import io
 import itertools
-import json
+import os
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from benchmarks.problem import Setting
 from benchmarks.summary import summary_rows, table
 from benchmarks.timing import FULL, ONCE, QUICK, replay
 from benchmarks.workloads import WORKLOADS
+from dynmm_kernels import __version__, ops
 
 OUTCOMES = pytest.StashKey[dict[Setting, Outcome]]()
 
@@ -110,13 +109,15 @@ def report(benchmark, contest, row):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Which kernels ran, and how they were built."""
-    from dynmm_kernels.__main__ import main
-
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        main(["info", "--json"])
-    machine_info["dynmm_kernels"] = json.loads(printed.getvalue())
+    """Which kernels ran."""
+    build = ops.compiled.build_info
+    machine_info["torch"] = torch.__version__
+    machine_info["dynmm_kernels"] = {
+        "version": __version__,
+        "kernels": ops.compiled.reason or "compiled",
+        "sources": build.sources if build else None,
+        "requested": os.environ.get("DYNMM_BACKEND"),
+    }
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

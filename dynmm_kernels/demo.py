@@ -31,7 +31,7 @@ from .nn import Branch, RoutedFusion
 
 E1, E2 = 0, 1
 TRAIN_BATCH, TEST_BATCH = 64, 256
-COST_WEIGHT = 0.12  # of the resource loss; larger sends more digits to E1
+COST_WEIGHT = 0.05  # of the resource loss; larger sends more digits to E1
 RATES = (  # stage, peak learning rates of gate, E1, E2
     ("branches", [0.0, 1e-2, 3e-3]),
     ("gate and branches", [3e-3, 1e-3, 1e-3]),
@@ -249,7 +249,7 @@ class Bench:
 
 
 def experiment(
-    epochs: int = 20,
+    epochs: int = 25,
     seed: int = 0,
     rounds: int = 15,
     advance: Callable[[str], None] = lambda text: None,
@@ -346,7 +346,7 @@ def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=20, help="of each of the two stages")
+    parser.add_argument("--epochs", type=int, default=25, help="of each of the two stages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=15, help="of the timing")
     parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import autograd, ops, tree
 from .plan import RoutingPlan
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _LIMIT = 2**31 - 1
 
@@ -32,12 +33,17 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
     plain = type(selection) is Tensor and selection.ndim == 1 and selection.dtype is torch.int64
     if not plain or num_branches < 1 or selection.shape[0] >= _LIMIT:
         _check_selection(selection, num_branches)
+    given = selection
+    if selection.dtype in _UNSIGNED:
+        # A value past int64 wraps to a negative one: out of range, but never "no branch".
+        wide = selection.long()
+        selection = torch.where(wide < 0, num_branches, wide)
     order, inverse, header = ops.backends.serving.route(selection, num_branches)
     if not selection.is_cpu:
         return RoutingPlan(order, inverse, header, num_branches)
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
     if plan.host_header[-2]:
-        check_choice(plan, selection)
+        check_choice(plan, given)
     return plan
 
 
@@ -53,7 +59,7 @@ def _check_selection(selection: Any, num_branches: int) -> None:
                 f"route: a bool mask must have shape [N, num_branches] = [N, {num_branches}]; "
                 f"got {shape}"
             )
-    elif selection.dtype not in _INTEGERS:
+    elif selection.dtype not in _SIGNED + _UNSIGNED:
         raise TypeError(
             f"route: selection must be integer (branch indices) or bool (a mask); got "
             f"{selection.dtype}. For logits, route their argmax(dim=1)"

@@ -58,7 +58,12 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
                 break
         else:
             return list(tree), _TUPLE if kind is tuple else _LIST
-    return pytree.tree_flatten(tree)
+    return pytree.tree_flatten(tree, is_leaf=_is_packed)
+
+
+def _is_packed(node: Any) -> bool:
+    """A PackedSequence is a named tuple, but not one of per-sample tensors."""
+    return isinstance(node, PackedSequence)
 
 
 def unflatten(leaves: list[Any], spec: Spec) -> Any:

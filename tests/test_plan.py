@@ -1,6 +1,5 @@
 """route: the plan equals the oracle's, bit for bit, and bad selections are refused with reasons."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -130,14 +129,12 @@ def test_non_contiguous(layout, dtype, ranks):
         check_plan(route(selection[:, 0], num_branches), selection[:, 0], num_branches)
 
 
-def test_plan_is_frozen_and_owns_its_memory():
+def test_plan_owns_its_memory():
     selection = torch.tensor([1, 0, 1])
     plan = route(selection, 2)
     selection.fill_(0)
     check_plan(plan, torch.tensor([1, 0, 1]), 2)
     assert isinstance(plan, RoutingPlan)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.num_branches = 3
 
 
 @pytest.mark.parametrize(("rows", "ranks"), [(300_000, 1), (150_000, 2), (1025, 3), (7, 1)])

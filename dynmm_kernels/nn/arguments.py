@@ -41,7 +41,7 @@ class Arguments:
             return self.leaves
         return [self.leaves[i] for i in self.rows if isinstance(self.leaves[i], Tensor)]
 
-    def whole(self, num_rows: int) -> tuple[Any, ...]:
+    def whole(self, num_rows: int | None) -> tuple[Any, ...]:
         """The arguments for the whole batch; no tensor is copied."""
         if self.plain:
             return self.selected
@@ -50,6 +50,11 @@ class Arguments:
         for i in self.rows:
             leaf = self.leaves[i]
             if isinstance(leaf, tree.Lazy):
+                if num_rows is None:
+                    raise ValueError(
+                        f"{self.label}: with Lazy inputs alone the number of samples is unknown; "
+                        "pass a tensor as well, or a choice as a LongTensor [N]"
+                    )
                 indices = torch.arange(num_rows) if indices is None else indices
                 leaf = self.fetch(leaf, indices)
             rows.append(leaf)

@@ -76,8 +76,8 @@ class RoutedFusion(nn.Module):
         if name in _CHOICES and value not in _CHOICES[name]:
             wanted = ", ".join(map(repr, _CHOICES[name]))
             raise ValueError(f"RoutedFusion: {name} must be one of {wanted}; got {value!r}")
-        if name == "temperature" and not value > 0:
-            raise ValueError(f"RoutedFusion: temperature must be positive; got {value!r}")
+        if name == "temperature" and not (isinstance(value, (int, float)) and value > 0):
+            raise ValueError(f"RoutedFusion: temperature must be a positive number; got {value!r}")
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
@@ -151,7 +151,7 @@ class RoutedFusion(nn.Module):
     ) -> Tensor:
         """Logits [N, B], with noise where that is wanted."""
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
-        logits = gate.call(gate.arguments(batch).whole(batch.num_rows or 0))
+        logits = gate.call(gate.arguments(batch).whole(batch.num_rows))
         F.check_logits(logits, batch.num_rows, num_branches)
         if self.noise == "gumbel" and self.training:
             return logits + gumbel_like(logits, generator)
