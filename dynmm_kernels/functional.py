@@ -77,7 +77,7 @@ def check_choice(plan: RoutingPlan, selection: Tensor) -> None:
         row = first // plan.ranks
         raise ValueError(
             f"route: a choice must be in 0..{plan.num_branches - 1}, or -1 for no branch; got "
-            f"{int(selection.flatten()[first])} in row {row} ({faults} such in all)"
+            f"{selection.flatten()[first].tolist()} in row {row} ({faults} such in all)"
         )
 
 
@@ -189,8 +189,7 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
         raise ValueError(
             f"combine: wanted one output per branch, {plan.num_branches}; got {len(outputs)}"
         )
-    active = [b for b, n in enumerate(plan.counts) if n]
-    active = active or [b for b, output in enumerate(outputs) if output is not None]
+    active = [b for b, n in enumerate(plan.counts) if n or outputs[b] is not None]
     if not active:
         raise ValueError("combine: every output is None, so the shape of the result is unknown")
     rows = [plan.counts[b] for b in active]

@@ -197,7 +197,9 @@ def _hard_weights(
 
 
 def _as_branch(module: nn.Module, name: str) -> Branch:
-    branch = module if isinstance(module, Branch) else Branch(module)
-    if branch.name is None:
-        branch.name = name
-    return branch
+    """A named branch; a Branch without a name is not marked by the fusion that uses it."""
+    if not isinstance(module, Branch):
+        return Branch(module, name=name)
+    if module.name is not None:
+        return module
+    return Branch(module.module, module.inputs, name, module.cost)

@@ -94,7 +94,7 @@ def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Te
     dots = torch.zeros(inverse.shape, dtype=weight_dtype(rows.dtype), device=rows.device)
     for j in range(inverse.shape[1]):
         other = pool.index_select(0, index[:, j]).to(wide).conj()
-        product = (rows.to(wide) * other).flatten(1).sum(1)
+        product = (rows.to(wide) * other).unsqueeze(1).flatten(1).sum(1)
         real = product.real if product.is_complex() else product
         dots[:, j] = torch.where(index[:, j] > 0, real, 0)
     return dots
