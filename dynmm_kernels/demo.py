@@ -287,8 +287,9 @@ def table(report: Report) -> str:
         )
     lines += [
         "",
-        f"{report.samples} test digits in batches of {TEST_BATCH}, {report.threads} threads; trained "
-        f"for 2 x {report.epochs} epochs in {report.train_seconds:.0f} s, seed {report.seed}.",
+        f"{report.samples} test digits in batches of {TEST_BATCH}, {report.threads} threads; "
+        f"trained for 2 x {report.epochs} epochs in {report.train_seconds:.0f} s, "
+        f"seed {report.seed}.",
         "Speed-up over masked; its ceiling from MACs alone. Largest difference routed - masked: "
         f"{report.parity:.0e} of the largest logit.",
     ]

@@ -351,20 +351,22 @@ def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> 
     first = outputs[0]
     if not isinstance(first, Tensor):
         return first
+    return ops.backends.serving.combine_rows(_same_dtype(outputs), starts, inverse)
+
+
+def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all: under autocast branches may end in different ones."""
+    dtype = outputs[0].dtype
     for output in outputs:
-        if output.dtype is not first.dtype:
-            outputs = _same_dtype(outputs)
-            break
-    return ops.backends.serving.combine_rows(outputs, starts, inverse)
+        if output.dtype is not dtype:
+            dtype = torch.promote_types(dtype, output.dtype)
+    return dtype
 
 
 def _same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Under autocast branches may end in different dtypes; the widest of them holds all."""
-    dtype = outputs[0].dtype
-    if all(output.dtype == dtype for output in outputs):
+    dtype = widest_dtype(outputs)
+    if all(output.dtype is dtype for output in outputs):
         return outputs
-    for output in outputs:
-        dtype = torch.promote_types(dtype, output.dtype)
     return [output.to(dtype) for output in outputs]
 
 

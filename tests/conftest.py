@@ -6,10 +6,11 @@ import random
 import sys
 from collections.abc import Iterator
 
-import dynmm_kernels
 import pytest
 import torch
 from torch import Tensor
+
+import dynmm_kernels
 
 CPU_BACKENDS = ("reference", "cpu")
 ALLOW_REFERENCE = os.environ.get("DYNMM_ALLOW_REFERENCE") == "1"

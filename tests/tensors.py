@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable
 
+import oracle
 import torch
 from torch import Tensor
-
-import oracle
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.uint8]

@@ -3,14 +3,14 @@
 from contextlib import suppress
 from itertools import chain
 
+import oracle
 import pytest
 import torch
-from dynmm_kernels import RoutingPlan, combine, gather, route
+from tensors import SELECTIONS, TOP1, oracle_plan, random_selection, row_values, selection_of
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-import oracle
-from tensors import SELECTIONS, TOP1, oracle_plan, random_selection, row_values, selection_of
+from dynmm_kernels import RoutingPlan, combine, gather, route
 
 pytestmark = pytest.mark.usefixtures("backend")
 

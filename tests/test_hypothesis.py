@@ -3,14 +3,11 @@
 from collections.abc import Callable
 from itertools import pairwise, product
 
-import dynmm_kernels
+import oracle
 import pytest
 import torch
-from dynmm_kernels import combine, gather, route
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import oracle
 from tensors import (
     DTYPES,
     INTEGERS,
@@ -22,6 +19,9 @@ from tensors import (
     row_values,
     zero_bytes,
 )
+
+import dynmm_kernels
+from dynmm_kernels import combine, gather, route
 
 CASES = {"plans": 4000, "moves": 4000, "sums": 2500}
 # Few draws make a case cheap: what does not shrink well is drawn at once, from all combinations.

@@ -3,12 +3,9 @@
 from collections import OrderedDict, namedtuple
 from itertools import pairwise
 
-import dynmm_kernels
+import oracle
 import pytest
 import torch
-from dynmm_kernels import Shared, combine, gather, route
-
-import oracle
 from tensors import (
     DTYPES,
     FLOATS,
@@ -25,6 +22,9 @@ from tensors import (
     selection_of,
     zero_bytes,
 )
+
+import dynmm_kernels
+from dynmm_kernels import Shared, combine, gather, route
 
 ROW_SHAPES = [(), (1,), (3,), (13,), (7, 5), (4, 4, 4), (257,), (0,), (3, 0)]
 SIZES = [0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 65537]

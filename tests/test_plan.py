@@ -1,11 +1,10 @@
 """route: the plan equals the oracle's, bit for bit, and bad selections are refused with reasons."""
 
-
 import pytest
 import torch
-from dynmm_kernels import RoutingPlan, route
-
 from tensors import SELECTIONS, oracle_plan, random_selection, selection_of
+
+from dynmm_kernels import RoutingPlan, route
 
 SIZES = [0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 65537]
 BRANCHES = [1, 2, 3, 8, 256]

@@ -52,7 +52,7 @@ class Branch(nn.Module):
 
     def train(self, mode: bool = True) -> Branch:
         super().train(mode)
-        self.norms = _batch_norms(self.module)  # layers may have been replaced since
+        self.norms = _batch_norms(self.module)
         return self
 
     def extra_repr(self) -> str:
@@ -66,6 +66,8 @@ class Branch(nn.Module):
 
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
+        if self.training:
+            self.norms = _batch_norms(self.module)  # layers may have been added
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
                 return True

@@ -56,10 +56,10 @@ def run_routed(
     if learning is not None:
         combined, spec = _learn(branches, batch, plan, learning, whole, own, outputs)
     elif F.single_tensors_fit(outputs, rows):
-        combined, spec = [_combine(plan, outputs, own)], None
+        combined, spec = [_combine(plan, outputs, own, batch)], None
     else:
         columns, spec = F.check_outputs(outputs, rows, [branches[b].label for b in own])
-        combined = [_combine(plan, column, own) for column in columns]
+        combined = [_combine(plan, column, own, batch) for column in columns]
     if len(own) < len(branches) and torch.is_grad_enabled():
         _touch_starved(combined, branches, batch, set(own))
     rows_run = counts
@@ -74,7 +74,7 @@ def _run_coupled(branches: Sequence[Branch], batch: Arguments, num_rows: int) ->
     """Outputs for the whole batch of the branches whose BatchNorm needs it."""
     whole = {}
     for b, branch in enumerate(branches):
-        if branch.norms and branch.couples_samples():
+        if branch.couples_samples():
             whole[b] = branch.call(branch.arguments(batch).whole(num_rows))
     return whole
 
@@ -148,11 +148,24 @@ def _learn(
     return combined, spec
 
 
-def _combine(plan: RoutingPlan, column: Sequence[Any], own: Sequence[int]) -> Any:
+def _combine(plan: RoutingPlan, column: Sequence[Any], own: Sequence[int], batch: Arguments) -> Any:
     if len(own) == 1 and plan.counts[own[0]] == plan.num_rows:
-        return column[0]
+        return apart(column[0], batch.tensors())
     starts = plan.host_header
     return F.combine_rows(plan, column, [starts[b] for b in own])
+
+
+def apart(output: Any, inputs: Sequence[Tensor]) -> Any:
+    """`output`, copied if it lies in an input's memory (an identity branch that got every sample).
+
+    Otherwise writing into the result would write into the batch, on such batches only.
+    """
+    if isinstance(output, Tensor):
+        memory = output.untyped_storage().data_ptr()
+        for tensor in inputs:
+            if tensor.untyped_storage().data_ptr() == memory:
+                return output.clone()
+    return output
 
 
 def _touch_starved(
@@ -176,7 +189,7 @@ def _touch_starved(
 
 
 def _blend(column: Sequence[Any], weights: Tensor, soft: bool) -> Any:
-    """sum_b weights[:, b] * column[b], in the dtype of the branches."""
+    """sum_b weights[:, b] * column[b], in the widest dtype of the branches."""
     first = column[0]
     if not isinstance(first, Tensor):
         return first
@@ -185,7 +198,7 @@ def _blend(column: Sequence[Any], weights: Tensor, soft: bool) -> Any:
         total = weights[:, 0].view(shape) * first
         for b, output in enumerate(column[1:], start=1):
             total = total + weights[:, b].view(shape) * output
-        return total.to(first.dtype)
+        return total.to(F.widest_dtype(column))
     if soft:
         raise TypeError(
             f"dense execution cannot blend an output of {first.dtype}; return floating tensors, "

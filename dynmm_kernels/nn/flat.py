@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .. import tree
+from .execution import apart
 
 if TYPE_CHECKING:
     from .fusion import RoutedFusion
@@ -23,7 +24,7 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
     The short way is for eval without a graph, inputs that are plain tensors which every branch
     reads, and branches that treat samples alone. It returns to the general way before anything ran.
     """
-    if fusion.execution not in ("routed", "auto") or fusion.noise is not None:
+    if fusion.execution not in ("routed", "auto") or fusion.training:
         return None
     modules: dict[str, Any] = fusion._modules
     gate, branches = modules["gate"], list(modules["branches"]._modules.values())
@@ -47,9 +48,8 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
             counts.append(stop - start)
             start = stop
     if len(own) == 1:
-        output = own[0].call(inputs)
-        F.check_outputs([output], counts, [own[0].label])
-        return output
+        columns, spec = F.check_outputs([own[0].call(inputs)], counts, [own[0].label])
+        return tree.unflatten([apart(column[0], inputs) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()
     outputs = [branch.call(rows.pop()) for branch in own]  # a branch's rows are freed once used

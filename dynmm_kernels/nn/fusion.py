@@ -95,8 +95,8 @@ class RoutedFusion(nn.Module):
         Args:
             inputs: what the model takes: tensors [N, ...] in any nesting of lists, tuples and
                 dicts. `Shared` and `Lazy` mark what is not gathered, or only fetched when needed.
-            choice: forces the decision, and the gate is not run. An int: that branch for all. A
-                LongTensor [N]: that branch for each sample, -1 for none (its output is zero).
+            choice: forces a hard decision, in any mode, and the gate is not run. An int: that
+                branch for all. A LongTensor [N]: one per sample, -1 for none (zero output).
             return_routing: also return the `Routing`.
             generator: for the gate noise.
 
