@@ -423,23 +423,38 @@ def dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("training", [False, True])
-def test_compile(training):
-    """30 random splits, starved branches among them: the same results, few recompilations."""
-    gate, branches = Planned(mlp(3), torch.zeros(8, dtype=torch.int64), 3), toy()[1]
-    fusion = RoutedFusion(gate, branches, execution="routed").train(training)
-    compiled = torch.compile(fusion, backend="eager")
-    modules = [gate, *branches]
+def random_splits(gate):
+    """30 batches of 8 with random decisions, starved branches among them."""
     for step in range(30):
         first, last = (step % 3, step % 3) if step % 5 == 0 else (0, 2)
         gate.decide(torch.randint(first, last + 1, (8,)))
-        x = (samples(8),)
-        if training:
-            assert_bitwise(backward(compiled, modules, x), backward(fusion, modules, x))
-        else:
-            with torch.no_grad():
-                assert torch.equal(compiled(*x), fusion(*x))
+        yield (samples(8),)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_compile():
+    """The fusion as a whole in eval: the same results, few recompilations."""
+    gate, branches = Planned(mlp(3), torch.zeros(8, dtype=torch.int64), 3), toy()[1]
+    fusion = RoutedFusion(gate, branches, execution="routed").eval()
+    compiled = torch.compile(fusion, backend="eager")
+    for x in random_splits(gate):
+        with torch.no_grad():
+            assert torch.equal(compiled(*x), fusion(*x))
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_compile_the_branches_for_training():
+    """The documented way in training: each branch compiled by itself, for any number of rows."""
+    gate, branches = Planned(mlp(3), torch.zeros(8, dtype=torch.int64), 3), toy()[1]
+    compiled = copy.deepcopy(branches)
+    for branch in compiled:
+        branch.compile(backend="eager", dynamic=True)
+    for x in random_splits(gate):
+        results = [
+            backward(RoutedFusion(gate, own, execution="routed"), [gate, *own], x)
+            for own in (branches, compiled)
+        ]
+        assert_bitwise(*results)
 
 
 @pytest.mark.parametrize("gate_grad", ["none", "selected"])
