@@ -6,7 +6,7 @@ from tensors import SELECTIONS, oracle_plan, random_selection, selection_of
 
 from dynmm_kernels import RoutingPlan, route
 
-SIZES = [0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 65537]
+SIZES = [0, 1, 2, 31, 32, 33, 1023, 1024, 1025]
 BRANCHES = [1, 2, 3, 8, 256]
 INT_DTYPES = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]
 INT_DTYPES += [torch.uint16, torch.uint32, torch.uint64]
@@ -45,6 +45,14 @@ def check_plan(plan: RoutingPlan, selection: torch.Tensor, num_branches: int) ->
 @pytest.mark.parametrize("rows", SIZES)
 def test_sizes(rows, num_branches, ranks):
     selection = random_selection(rows, ranks, num_branches)
+    check_plan(route(selection, num_branches), selection, num_branches)
+
+
+@pytest.mark.parametrize(
+    ("num_branches", "ranks"), [(1, 3), (2, 1), (3, 2), (8, 1), (256, 1), (256, 3)]
+)
+def test_large(num_branches, ranks):
+    selection = random_selection(65537, ranks, num_branches)
     check_plan(route(selection, num_branches), selection, num_branches)
 
 
