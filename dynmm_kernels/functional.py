@@ -30,14 +30,14 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
         ValueError: wrong shape, or a value outside -1..B-1 (on a GPU it is raised when the counts
             are first read).
     """
+    given = selection
     plain = type(selection) is Tensor and selection.ndim == 1 and selection.dtype is torch.int64
     if not plain or num_branches < 1 or selection.shape[0] >= _LIMIT:
         _check_selection(selection, num_branches)
-    given = selection
-    if selection.dtype in _UNSIGNED:
-        # A value past int64 wraps to a negative one: out of range, but never "no branch".
-        wide = selection.long()
-        selection = torch.where(wide < 0, num_branches, wide)
+        if selection.dtype in _UNSIGNED:
+            # A value past int64 wraps to a negative one: out of range, but never "no branch".
+            wide = selection.long()
+            selection = torch.where(wide < 0, num_branches, wide)
     order, inverse, header = ops.backends.serving.route(selection, num_branches)
     if not selection.is_cpu:
         return RoutingPlan(order, inverse, header, num_branches)
@@ -201,15 +201,16 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
 
 def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int]) -> bool:
     """The common case of `check_outputs`, answered without building anything."""
-    first = outputs[0]
-    if type(first) is not Tensor:
-        return False
-    dtype, inner = first.dtype, first.shape[1:]
+    dtype = inner = None
     for output, count in zip(outputs, rows):  # noqa: B905 (strict costs as much as the check)
-        if type(output) is not Tensor or output.dtype is not dtype:
+        if type(output) is not Tensor:
             return False
-        shape = output.shape
-        if not shape or shape[0] != count or shape[1:] != inner:
+        length, *rest = output.shape or (-1,)
+        if length != count:
+            return False
+        if inner is None:
+            dtype, inner = output.dtype, rest
+        elif rest != inner or output.dtype is not dtype:
             return False
     return True
 
@@ -347,11 +348,8 @@ def gather_flat(
 
 
 def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
-    """Outputs of a top-1 plan back in sample order. Records no graph."""
-    first = outputs[0]
-    if not isinstance(first, Tensor):
-        return first
-    return ops.backends.serving.combine_rows(_same_dtype(outputs), starts, inverse)
+    """Tensors of one dtype, by slots of a top-1 plan, in sample order. Records no graph."""
+    return ops.backends.serving.combine_rows(outputs, starts, inverse)
 
 
 def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:

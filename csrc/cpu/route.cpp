@@ -19,22 +19,22 @@ struct Faults {
   int64_t first = -1;
 };
 
-// Counting is bound by the latency of a counter in memory. Four runs of rows, each with counters of
-// its own, advance side by side; every run keeps its rows in order.
+// Counting is bound by the latency of a counter in memory. Four runs of entries, each with counters
+// of its own, advance side by side; every run keeps its entries in order.
 constexpr int64_t kLanes = 4;
 
-// f(lane, n) for all rows n in [begin, end), ascending within a lane, lanes one after the other.
+// f(lane, e) for all entries e in [begin, end), ascending within a lane, lanes one after the other.
 template <class F>
-void for_rows(int64_t begin, int64_t end, const F& f) {
+void for_entries(int64_t begin, int64_t end, const F& f) {
   const int64_t run = (end - begin) / kLanes;
   for (int64_t i = 0; i < run; ++i) {
 #pragma GCC unroll 4
     for (int64_t lane = 0; lane < kLanes; ++lane) f(lane, begin + lane * run + i);
   }
-  for (int64_t n = begin + kLanes * run; n < end; ++n) f(kLanes - 1, n);
+  for (int64_t e = begin + kLanes * run; e < end; ++e) f(kLanes - 1, e);
 }
 
-// decide(n, j) is in [0, branches), kNone or kFaulty, and is called once per entry. decided(n, j)
+// decide(entry) is in [0, branches), kNone or kFaulty, and is called once per entry. decided(entry)
 // is called later on the same thread and repeats the answer; anything negative is no branch.
 template <class Decide, class Decided>
 Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t branches,
@@ -54,28 +54,26 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
   const int64_t runs = chunks * kLanes;
   std::vector<int32_t> counters(runs * branches, 0);
   int32_t* const next = counters.data();  // [run, branch]: rows, later the next slot
-  std::vector<Faults> faults(runs);
+  std::vector<Faults> faults(runs);  // in order of their entries
   Faults* const fault = faults.data();
-  // f(run, n) for all rows, the same way each time.
-  const auto over_rows = [&](const auto& f) {
+  // f(run, entry) for all entries, the same way each time.
+  const auto over_entries = [&](const auto& f) {
     const auto over_chunks = [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
-        for_rows(rows * c / chunks, rows * (c + 1) / chunks,
-                 [=](int64_t lane, int64_t n) { f(c * kLanes + lane, n); });
+        for_entries(entries * c / chunks, entries * (c + 1) / chunks,
+                    [=](int64_t lane, int64_t entry) { f(c * kLanes + lane, entry); });
       }
     };
     if (chunks == 1) return over_chunks(0, 1);
     torch::stable::parallel_for(0, chunks, 1, over_chunks);
   };
 
-  over_rows([=](int64_t run, int64_t n) {
-    for (int64_t j = 0; j < ranks; ++j) {
-      const int64_t branch = decide(n, j);
-      if (branch >= 0) {
-        ++next[run * branches + branch];
-      } else if (branch == kFaulty && fault[run].count++ == 0) {
-        fault[run].first = n * ranks + j;
-      }
+  over_entries([=](int64_t run, int64_t entry) {
+    const int64_t branch = decide(entry);
+    if (branch >= 0) {
+      ++next[run * branches + branch];
+    } else if (branch == kFaulty && fault[run].count++ == 0) {
+      fault[run].first = entry;
     }
   });
 
@@ -97,17 +95,14 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
   header[branches + 1] = static_cast<int32_t>(all.count);
   header[branches + 2] = static_cast<int32_t>(all.first);
 
-  over_rows([=](int64_t run, int64_t n) {
-    for (int64_t j = 0; j < ranks; ++j) {
-      const int64_t branch = decided(n, j);
-      const auto entry = static_cast<int32_t>(n * ranks + j);
-      if (branch >= 0) {
-        const int32_t where = next[run * branches + branch]++;
-        inverse[entry] = where;
-        order[where] = entry;
-      } else {
-        inverse[entry] = -1;
-      }
+  over_entries([=](int64_t run, int64_t entry) {
+    const int64_t branch = decided(entry);
+    if (branch >= 0) {
+      const int32_t where = next[run * branches + branch]++;
+      inverse[entry] = where;
+      order[where] = static_cast<int32_t>(entry);
+    } else {
+      inverse[entry] = -1;
     }
   });
   std::fill(order + slot, order + entries, int32_t{-1});
@@ -117,12 +112,12 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
 template <class T>
 Plan route_choice(const Tensor& selection, int64_t rows, int64_t ranks, int64_t branches) {
   const auto* choice = static_cast<const T*>(selection.const_data_ptr());
-  const auto decide = [=](int64_t n, int64_t j) -> int64_t {
-    const int64_t branch = static_cast<int64_t>(choice[n * ranks + j]);
+  const auto decide = [=](int64_t entry) -> int64_t {
+    const int64_t branch = static_cast<int64_t>(choice[entry]);
     return branch >= -1 && branch < branches ? branch : kFaulty;
   };
-  const auto decided = [=](int64_t n, int64_t j) -> int64_t {
-    const int64_t branch = static_cast<int64_t>(choice[n * ranks + j]);
+  const auto decided = [=](int64_t entry) -> int64_t {
+    const int64_t branch = static_cast<int64_t>(choice[entry]);
     return branch < branches ? branch : kNone;
   };
   return counting_sort(selection, rows, ranks, branches, decide, decided);
@@ -130,8 +125,8 @@ Plan route_choice(const Tensor& selection, int64_t rows, int64_t ranks, int64_t 
 
 Plan route_mask(const Tensor& selection, int64_t rows, int64_t branches) {
   const auto* mask = static_cast<const bool*>(selection.const_data_ptr());
-  const auto branch_of = [=](int64_t n, int64_t j) -> int64_t {
-    return mask[n * branches + j] ? j : kNone;
+  const auto branch_of = [=](int64_t entry) -> int64_t {
+    return mask[entry] ? entry % branches : kNone;
   };
   return counting_sort(selection, rows, branches, branches, branch_of, branch_of);
 }
@@ -158,12 +153,12 @@ template <class T>
 Plan route_logits(const Tensor& logits, int64_t* choice) {
   const int64_t branches = logits.size(1);
   const T* values = static_cast<const T*>(logits.const_data_ptr());
-  const auto decide = [=](int64_t n, int64_t) -> int64_t {
+  const auto decide = [=](int64_t n) -> int64_t {
     const int64_t branch = argmax(values + n * branches, branches);
     choice[n] = branch == kFaulty ? kNone : branch;
     return branch;
   };
-  const auto decided = [=](int64_t n, int64_t) -> int64_t { return choice[n]; };
+  const auto decided = [=](int64_t n) -> int64_t { return choice[n]; };
   return counting_sort(logits, logits.size(0), 1, branches, decide, decided);
 }
 

@@ -52,9 +52,12 @@ def run_routed(
     whole: dict[int, Any] = {}
     if not subset_norm:
         whole = _run_coupled(branches, batch, num_rows)
+    rest = None
+    if learning is not None and learning.mode == "straight_through":
+        rest = _run_rest(branches, batch, plan, learning, whole)  # before a graph holds memory
     outputs = _run_rows(branches, batch, plan, own, whole)
     if learning is not None:
-        combined, spec = _learn(branches, batch, plan, learning, whole, own, outputs)
+        combined, spec = _learn(branches, plan, learning, own, outputs, rest)
     elif F.single_tensors_fit(outputs, rows):
         combined, spec = [_combine(plan, outputs, own, batch)], None
     else:
@@ -108,37 +111,52 @@ def _rows_of(plan: RoutingPlan, branch: int, output: Any) -> Any:
     return tree.unflatten(rows, spec)
 
 
-def _learn(
+class Rest(NamedTuple):
+    """What the branches say of the samples they were not chosen for."""
+
+    branches: list[int]
+    outputs: list[Any]
+    plan: RoutingPlan
+
+
+def _run_rest(
     branches: Sequence[Branch],
     batch: Arguments,
     plan: RoutingPlan,
     learning: Learning,
     whole: dict[int, Any],
+) -> Rest:
+    """Forward only: the gradient of these outputs is zero."""
+    complement = F.route_complement(plan, learning.choice)
+    rest = [b for b, count in enumerate(complement.counts) if count]
+    with torch.no_grad(), ExitStack() as stack:
+        for b in rest:
+            stack.enter_context(branches[b].frozen_statistics())
+        return Rest(rest, _run_rows(branches, batch, complement, rest, whole), complement)
+
+
+def _learn(
+    branches: Sequence[Branch],
+    plan: RoutingPlan,
+    learning: Learning,
     own: list[int],
     outputs: list[Any],
+    rest: Rest | None,
 ) -> tuple[list[Any], tree.Spec]:
-    """Combines `outputs` so that the gate learns, from all branches or from the selected ones.
-
-    The rows that a branch was not chosen for run forward only: their own gradient is zero.
-    """
+    """Combines `outputs` so that the gate learns, also from the `rest` where there is one."""
     labels = [branches[b].label for b in own]
     rows = [plan.counts[b] for b in own]
     probs, index, rest_starts = learning.probs, plan.inverse, []
     chosen = learning.choice.unsqueeze(1)
-    if learning.mode == "straight_through":
-        complement = F.route_complement(plan, learning.choice)
-        rest = [b for b, count in enumerate(complement.counts) if count]
-        with torch.no_grad(), ExitStack() as stack:
-            for b in rest:
-                stack.enter_context(branches[b].frozen_statistics())
-            outputs = outputs + _run_rows(branches, batch, complement, rest, whole)
-        labels += [branches[b].label for b in rest]
-        rows += [complement.counts[b] for b in rest]
-        # The complement's slots stand behind those of the plan.
-        rest_starts = [complement.starts[b] + plan.num_rows for b in rest]
-        index = (complement.inverse + plan.num_rows).scatter_(1, chosen, plan.inverse)
-    else:
+    if rest is None:
         probs = probs.gather(1, chosen)
+    else:
+        outputs = outputs + rest.outputs
+        labels += [branches[b].label for b in rest.branches]
+        rows += [rest.plan.counts[b] for b in rest.branches]
+        # The slots of the rest stand behind those of the plan.
+        rest_starts = [rest.plan.starts[b] + plan.num_rows for b in rest.branches]
+        index = (rest.plan.inverse + plan.num_rows).scatter_(1, chosen, plan.inverse)
     columns, spec = F.check_outputs(outputs, rows, labels)
     starts, split = [plan.starts[b] for b in own], len(own)
     combined = [
