@@ -11,21 +11,25 @@ struct Move {
   char* to;
   const int32_t* entries;
   int64_t rows, from_stride, bytes;
-  int64_t before;  // bytes of all moves before this one
 };
 
-template <class Copy>
-void copy_rows(const Move& move, int64_t ranks, int64_t begin, int64_t end, const Copy& copy) {
-  for (int64_t s = begin; s < end; ++s) {
-    const int64_t row = ranks == 1 ? move.entries[s] : move.entries[s] / ranks;
-    copy(move.to + s * move.bytes, move.from + row * move.from_stride);
-  }
+int64_t row_of(const Move& move, int64_t ranks, int64_t slot) {
+  return ranks == 1 ? move.entries[slot] : move.entries[slot] / ranks;
 }
 
 template <int64_t kBytes>
 void copy_small(const Move& move, int64_t ranks, int64_t begin, int64_t end) {
-  copy_rows(move, ranks, begin, end,
-            [](char* to, const char* from) { std::memcpy(to, from, kBytes); });
+  for (int64_t s = begin; s < end; ++s) {
+    std::memcpy(move.to + s * kBytes, move.from + row_of(move, ranks, s) * move.from_stride,
+                kBytes);
+  }
+}
+
+void copy_large(const Move& move, int64_t ranks, int64_t begin, int64_t end) {
+  for (int64_t s = begin; s < end; ++s) {
+    std::memcpy(move.to + s * move.bytes, move.from + row_of(move, ranks, s) * move.from_stride,
+                static_cast<size_t>(move.bytes));
+  }
 }
 
 void copy_range(const Move& move, int64_t ranks, int64_t begin, int64_t end) {
@@ -42,26 +46,23 @@ void copy_range(const Move& move, int64_t ranks, int64_t begin, int64_t end) {
       return copy_small<32>(move, ranks, begin, end);
     case 64:
       return copy_small<64>(move, ranks, begin, end);
-    default: {
-      const auto bytes = static_cast<size_t>(move.bytes);
-      copy_rows(move, ranks, begin, end,
-                [bytes](char* to, const char* from) { std::memcpy(to, from, bytes); });
-    }
+    default:
+      return copy_large(move, ranks, begin, end);
   }
 }
 
 void move_all(const std::vector<Move>& moves, int64_t total, int64_t ranks) {
   const int64_t parts =
       std::clamp<int64_t>(total / kBytesPerThread, 1, torch::stable::get_num_threads());
-  // Each part takes an equal share of the bytes: the rows of different modalities differ a lot.
+  // Every part takes the same share of each move, so that it meets the same samples again; moves of
+  // a few rows go round.
   const auto run_part = [&](int64_t part) {
-    const int64_t first = total * part / parts, last = total * (part + 1) / parts;
-    for (const Move& move : moves) {
-      const auto rows_before = [&](int64_t byte) {
-        return std::clamp<int64_t>((byte - move.before + move.bytes - 1) / move.bytes, 0,
-                                   move.rows);
-      };
-      if (move.bytes > 0) copy_range(move, ranks, rows_before(first), rows_before(last));
+    for (size_t i = 0; i < moves.size(); ++i) {
+      const int64_t rows = moves[i].rows;
+      const int64_t share = rows < parts ? (part + static_cast<int64_t>(i)) % parts : part;
+      if (moves[i].bytes > 0) {
+        copy_range(moves[i], ranks, rows * share / parts, rows * (share + 1) / parts);
+      }
     }
   };
   if (parts == 1) return run_part(0);
@@ -107,7 +108,7 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t
     gathered.push_back(empty_rows(sources[i], rows, layout));
     moves.push_back({static_cast<const char*>(sources[i].const_data_ptr()),
                      static_cast<char*>(gathered[i].mutable_data_ptr()), entry + starts[i], rows,
-                     row_stride_bytes(sources[i]), layout.bytes, total});
+                     row_stride_bytes(sources[i]), layout.bytes});
     total += rows * layout.bytes;
   }
   if (!weights) {
