@@ -54,7 +54,7 @@ Plan counting_sort(const Tensor& like, int64_t rows, int64_t ranks, int64_t bran
   const int64_t runs = chunks * kLanes;
   std::vector<int32_t> counters(runs * branches, 0);
   int32_t* const next = counters.data();  // [run, branch]: rows, later the next slot
-  std::vector<Faults> faults(runs);  // in order of their entries
+  std::vector<Faults> faults(runs);       // in order of their entries
   Faults* const fault = faults.data();
   // f(run, entry) for all entries, the same way each time.
   const auto over_entries = [&](const auto& f) {
