@@ -8,5 +8,7 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("torch") = DYNMM_TORCH_VERSION;
   m.attr("sources") = DYNMM_SOURCES;
+  m.attr("cuda") = DYNMM_CUDA;
+  m.attr("cuda_architectures") = DYNMM_CUDA_ARCHITECTURES;
   m.attr("stable_abi") = "2.10";
 }

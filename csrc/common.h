@@ -96,6 +96,19 @@ inline Tensor empty_rows(const Tensor& like, int64_t rows, const RowLayout& layo
                        layout.strides.data(), like.scalar_type());
 }
 
+// `output`, or a copy of it whose rows lie as `layout` says.
+inline Tensor in_layout(const Tensor& output, const RowLayout& layout) {
+  const auto strides = output.strides();
+  const auto sizes = output.sizes();
+  bool same = true;
+  for (size_t d = 1; d < sizes.size(); ++d) {
+    same &= sizes[d] <= 1 || strides[d] == layout.strides[d];
+  }
+  if (same) return output;
+  Tensor copy = empty_rows(output, output.size(0), layout);
+  return torch::stable::copy_(copy, output);
+}
+
 // Rows that can be moved as blocks: `t` itself, or a copy where its rows have holes.
 inline Tensor as_blocks(const Tensor& t, const RowLayout& layout) {
   return layout.dense ? t : torch::stable::contiguous(t);
@@ -145,6 +158,24 @@ auto visit_dtype(ScalarType dtype, const F& f) -> decltype(f(float{})) {
                       static_cast<int>(dtype), "; convert the tensors to a floating dtype");
   }
   return f(float{});  // not reached
+}
+
+// As visit_dtype, for what a gate or a weight can be.
+template <class F>
+auto visit_floating(ScalarType dtype, const F& f) -> decltype(f(float{})) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble:
+      return f(double{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::ComplexFloat,
+                      "dynmm_kernels: dtype number ", static_cast<int>(dtype), " is not floating");
+      return f(float{});
+  }
 }
 
 inline int64_t reals_per_element(ScalarType dtype) {

@@ -52,7 +52,7 @@ def _info(as_json: bool) -> int:
 
 def _facts() -> dict[str, Any]:
     build = ops.compiled.build_info
-    names = ("compiler", "torch", "stable_abi", "sources")
+    names = ("compiler", "torch", "cuda", "cuda_architectures", "stable_abi", "sources")
     return {
         "version": __version__,
         "torch": torch.__version__,

@@ -40,10 +40,10 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             selection = torch.where(wide < 0, num_branches, wide)
     order, inverse, header = ops.backends.serving.route(selection, num_branches)
     if not selection.is_cpu:
-        return RoutingPlan(order, inverse, header, num_branches)
+        return RoutingPlan(order, inverse, header, num_branches, unchecked=given)
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
     if plan.host_header[-2]:
-        check_choice(plan, given)
+        plan.check(given)
     return plan
 
 
@@ -68,17 +68,6 @@ def _check_selection(selection: Any, num_branches: int) -> None:
         raise ValueError(f"route: selection must have shape [N] or [N, k>=1]; got {shape}")
     if selection.numel() >= _LIMIT:
         raise ValueError(f"route: at most 2**31 - 2 entries (N*k); got {selection.numel()}")
-
-
-def check_choice(plan: RoutingPlan, selection: Tensor) -> None:
-    """Raises ValueError for the first value of `selection` that names no branch."""
-    faults, first = plan.faults
-    if faults:
-        row = first // plan.ranks
-        raise ValueError(
-            f"route: a choice must be in 0..{plan.num_branches - 1}, or -1 for no branch; got "
-            f"{selection.flatten()[first].tolist()} in row {row} ({faults} such in all)"
-        )
 
 
 def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
@@ -23,6 +26,8 @@ class RoutingPlan:
     __slots__ = (
         "_counts",
         "_host",
+        "_read",
+        "_unchecked",
         "header",
         "inverse",
         "num_branches",
@@ -38,13 +43,17 @@ class RoutingPlan:
         header: Tensor,
         num_branches: int,
         host_header: list[int] | None = None,
+        unchecked: Tensor | None = None,
     ) -> None:
+        """`unchecked`: the selection behind the plan, whose faults are raised with the counts."""
         self.order = order
         self.inverse = inverse
         self.header = header
         self.num_branches = num_branches
         self.num_rows, self.ranks = inverse.shape
         self._host = host_header
+        self._unchecked = unchecked
+        self._read = header.tolist if host_header is not None else host_copy(header)
         self._counts: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
@@ -57,9 +66,15 @@ class RoutingPlan:
 
     @property
     def host_header(self) -> list[int]:
-        """The header on the host: the one synchronisation of a plan."""
+        """The header on the host: the one synchronisation of a plan.
+
+        Raises:
+            ValueError: `route` was given a value that names no branch.
+        """
         if self._host is None:
-            self._host = self.header.tolist()
+            self._host = self._read()
+        if self._unchecked is not None:
+            self.check(self._unchecked)
         return self._host
 
     @property
@@ -81,7 +96,42 @@ class RoutingPlan:
         count, first = self.host_header[-2:]
         return count, first
 
+    def check(self, selection: Tensor) -> None:
+        """Raises ValueError for the first value of `selection` that names no branch."""
+        if self._host is None:
+            self._host = self._read()
+        count, first = self._host[-2:]
+        if count:
+            raise ValueError(
+                f"route: a choice must be in 0..{self.num_branches - 1}, or -1 for no branch; got "
+                f"{selection.flatten()[first].tolist()} in row {first // self.ranks} ({count} such "
+                "in all)"
+            )
+        self._unchecked = None
+
     def rows(self, branch: int) -> Tensor:
         """int64 [n_b]: the samples of `branch`, ascending."""
         entries = self.order[self.starts[branch] : self.starts[branch + 1]].long()
         return entries if self.ranks == 1 else entries // self.ranks
+
+
+def host_copy(header: Tensor) -> Callable[[], list[int]]:
+    """Starts to copy `header` to the host; what is returned waits for it and gives the values.
+
+    On a GPU the copy goes to pinned memory behind the kernels that were launched so far, and only
+    the wait for it is a synchronisation: what runs in between runs meanwhile.
+    """
+    if not header.is_cuda or torch.compiler.is_compiling():
+        return header.tolist
+    if torch.cuda.is_current_stream_capturing():
+        return header.tolist  # a captured plan is replayed; its counts are not read
+    host = torch.empty(header.shape, dtype=header.dtype, pin_memory=True)
+    host.copy_(header, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(header.device))
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait

@@ -41,18 +41,6 @@ class Slots {
     int64_t stride, rows;
   };
 
-  static Tensor in_layout(const Tensor& output, const RowLayout& layout) {
-    const auto strides = output.strides();
-    const auto sizes = output.sizes();
-    bool same = true;
-    for (size_t d = 1; d < sizes.size(); ++d) {
-      same &= sizes[d] <= 1 || strides[d] == layout.strides[d];
-    }
-    if (same) return output;
-    Tensor copy = empty_rows(output, output.size(0), layout);
-    return torch::stable::copy_(copy, output);
-  }
-
   const std::vector<int64_t>& starts_;
   std::vector<Block> blocks_;
 };

@@ -1,7 +1,7 @@
 """The lowest floor: schemas, their reference, and the kernels that override it."""
 
 from . import backends, schemas
-from .backends import BACKENDS, backend, compiled, kernels, why_not
+from .backends import BACKENDS, backend, compiled, compiled_cuda, kernels, why_not
 from .reference import weight_dtype
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "backend",
     "backends",
     "compiled",
+    "compiled_cuda",
     "kernels",
     "schemas",
     "weight_dtype",

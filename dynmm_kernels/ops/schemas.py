@@ -19,36 +19,36 @@ from . import reference
 NAMESPACE = "dynmm_kernels"
 OPS = ("route", "route_argmax", "gather_rows", "combine_rows", "row_dots")
 
-_library = torch.library.Library(NAMESPACE, "DEF")
-_library.define("route(Tensor selection, int num_branches) -> (Tensor, Tensor, Tensor)")
-_library.define("route_argmax(Tensor logits) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(
+library = torch.library.Library(NAMESPACE, "DEF")
+library.define("route(Tensor selection, int num_branches) -> (Tensor, Tensor, Tensor)")
+library.define("route_argmax(Tensor logits) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(
     "gather_rows(Tensor[] sources, int[] starts, int[] stops, Tensor order, int ranks,"
     " Tensor? weights=None) -> Tensor[]"
 )
-_library.define(
+library.define(
     "combine_rows(Tensor[] outputs, int[] starts, Tensor inverse, Tensor? weights=None) -> Tensor"
 )
-_library.define("row_dots(Tensor rows, Tensor[] outputs, int[] starts, Tensor inverse) -> Tensor")
+library.define("row_dots(Tensor rows, Tensor[] outputs, int[] starts, Tensor inverse) -> Tensor")
 
 for _op in OPS:
-    _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+    library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake(f"{NAMESPACE}::route", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::route", lib=library)
 def _(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, ranks = selection.shape if selection.ndim == 2 else (selection.shape[0], 1)
     return _plan_like(selection, num_rows, ranks, num_branches)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::route_argmax", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::route_argmax", lib=library)
 def _(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_branches = logits.shape
     choice = logits.new_empty(num_rows, dtype=torch.int64)
     return choice, *_plan_like(logits, num_rows, 1, num_branches)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::gather_rows", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::gather_rows", lib=library)
 def _(
     sources: list[Tensor],
     starts: list[int],
@@ -63,14 +63,14 @@ def _(
     ]
 
 
-@torch.library.register_fake(f"{NAMESPACE}::combine_rows", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::combine_rows", lib=library)
 def _(
     outputs: list[Tensor], starts: list[int], inverse: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     return reference.empty_rows(outputs[0], inverse.shape[0])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::row_dots", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::row_dots", lib=library)
 def _(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
     return rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
 

@@ -1,0 +1,421 @@
+// route: a stable counting sort of the entries by branch. Ranks come from the order of lanes, warps
+// and blocks, never from atomics, so the plan is the same every time and as on the CPU.
+#include <cmath>
+
+#include "cuda/launch.h"
+
+namespace dynmm {
+namespace {
+
+constexpr int kNone = -1;
+constexpr int kFaulty = -2;
+constexpr int kWarp = 32;
+constexpr int kBlockThreads = 1024;
+constexpr int kOneBlock = 16 * kBlockThreads;  // entries that one block sorts in one launch
+constexpr int kTileEntries = 8 * kBlockThreads;
+constexpr int kMostTiles = 256;
+constexpr int kSharedBytes = 47 * 1024;  // of 48: the rest is static
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Plan {
+  int32_t *order, *inverse, *header;
+  int64_t entries;
+  int branches;
+};
+
+// A selection says for an entry: a branch, kNone or kFaulty. `again` repeats the answer later.
+template <class T>
+struct Choice {
+  const T* choice;
+  int branches;
+
+  __device__ int operator()(int64_t entry) const {
+    const auto branch = static_cast<int64_t>(choice[entry]);
+    return branch >= kNone && branch < branches ? static_cast<int>(branch) : kFaulty;
+  }
+  __device__ int again(int64_t entry) const { return (*this)(entry); }
+};
+
+struct Mask {
+  const bool* mask;
+  int branches;
+
+  __device__ int operator()(int64_t entry) const {
+    // 32 bits: entries < 2^31
+    return mask[entry] ? static_cast<int>(static_cast<uint32_t>(entry) % branches) : kNone;
+  }
+  __device__ int again(int64_t entry) const { return (*this)(entry); }
+};
+
+// The first of the largest logits; faulty where softmax is undefined (nan, no finite maximum).
+template <class T>
+struct Argmax {
+  const T* logits;
+  int64_t* choice;
+  int branches;
+
+  __device__ int operator()(int64_t row) const {
+    using Number = Accumulator<T>;
+    const T* values = logits + row * branches;
+    Number top = static_cast<Number>(values[0]);
+    bool ordered = !isnan(top);
+    int best = 0;
+    for (int b = 1; b < branches; ++b) {
+      const Number value = static_cast<Number>(values[b]);
+      ordered &= !isnan(value);
+      if (value > top) {
+        top = value;
+        best = b;
+      }
+    }
+    const bool fine = ordered && isfinite(top);
+    choice[row] = fine ? best : kNone;
+    return fine ? best : kFaulty;
+  }
+  __device__ int again(int64_t row) const { return static_cast<int>(choice[row]); }
+};
+
+// How many entries were faulty, and the first of them (entries < 2^31).
+struct Faults {
+  int32_t count, first;
+
+  // All lanes call this; entries ascend from call to call.
+  __device__ void see(int branch, int64_t warp_entry) {
+    const unsigned faulty = __ballot_sync(kAllLanes, branch == kFaulty);
+    if (faulty == 0) return;
+    if (count == 0) first = static_cast<int32_t>(warp_entry) + __ffs(faulty) - 1;
+    count += __popc(faulty);
+  }
+
+  // Sums and minima of integers: the same in any order.
+  __device__ void add_to(Faults* all) const {
+    if (count == 0) return;
+    atomicAdd(&all->count, count);
+    atomicMin(&all->first, first);
+  }
+};
+
+constexpr int32_t kNoEntry = INT32_MAX;
+
+// Lanes of this warp with the same branch: adds them to `counter`, whose former value plus the rank
+// of this lane is returned.
+__device__ int32_t claim(int branch, int32_t* counters) {
+  const unsigned same = __match_any_sync(kAllLanes, branch);
+  const int lane = threadIdx.x % kWarp;
+  int32_t before = 0;
+  if (branch >= 0) before = counters[branch];
+  __syncwarp();
+  if (branch >= 0 && __ffs(same) - 1 == lane) counters[branch] = before + __popc(same);
+  __syncwarp();
+  return before + __popc(same & ((1u << lane) - 1));
+}
+
+// counters[warp][b] becomes the sum over earlier warps; totals[b] the sum over all. Whole block.
+__device__ void scan_warps(int32_t* counters, int warps, int branches, int32_t* totals) {
+  for (int b = threadIdx.x; b < branches; b += blockDim.x) {
+    int32_t sum = 0;
+    for (int w = 0; w < warps; ++w) {
+      const int32_t count = counters[w * branches + b];
+      counters[w * branches + b] = sum;
+      sum += count;
+    }
+    totals[b] = sum;
+  }
+}
+
+// Exclusive prefix sum in place, by one warp; returns the total.
+__device__ int32_t exclusive_scan(int32_t* values, int size) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t carry = 0;
+  for (int at = 0; at < size; at += kWarp) {
+    const int32_t own = at + lane < size ? values[at + lane] : 0;
+    int32_t sum = own;
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int32_t other = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (at + lane < size) values[at + lane] = carry + sum - own;
+    carry += __shfl_sync(kAllLanes, sum, kWarp - 1);
+  }
+  return carry;
+}
+
+__device__ void write_header(const Plan& plan, const int32_t* offsets, int32_t total,
+                             const Faults& faults) {
+  for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) plan.header[b] = offsets[b];
+  if (threadIdx.x == 0) {
+    plan.header[plan.branches] = total;
+    plan.header[plan.branches + 1] = faults.count;
+    plan.header[plan.branches + 2] = faults.count > 0 ? faults.first : -1;
+  }
+}
+
+__device__ void place(const Plan& plan, int64_t entry, int branch, int32_t slot) {
+  plan.inverse[entry] = branch >= 0 ? slot : -1;
+  if (branch >= 0) plan.order[slot] = static_cast<int32_t>(entry);
+}
+
+// Up to 16 K entries in one launch. Warp w owns kItems * 32 consecutive entries and keeps their
+// branches in registers. Shared memory: counters [warps][B], offsets [B].
+template <int kItems, class Select>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    route_one_block(const Plan plan, const Select select) {
+  extern __shared__ int32_t shared[];
+  __shared__ Faults all_faults;
+  __shared__ int32_t total;
+  if (threadIdx.x == 0) all_faults = {0, kNoEntry};
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int32_t* counters = shared;
+  int32_t* offsets = shared + warps * plan.branches;
+  for (int i = threadIdx.x; i < warps * plan.branches; i += blockDim.x) counters[i] = 0;
+
+  int branch[kItems];
+  uint16_t rank[kItems];  // within the warp's kItems * 32 entries
+  const int64_t first = static_cast<int64_t>(warp) * kItems * kWarp;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int64_t entry = first + i * kWarp + lane;
+    branch[i] = entry < plan.entries ? select(entry) : kNone;
+  }
+  __syncthreads();
+  Faults faults{0, kNoEntry};
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    faults.see(branch[i], first + i * kWarp);
+    rank[i] = static_cast<uint16_t>(claim(branch[i], counters + warp * plan.branches));
+  }
+  if (lane == 0) faults.add_to(&all_faults);
+  __syncthreads();
+  scan_warps(counters, warps, plan.branches, offsets);
+  __syncthreads();
+  if (warp == 0) {
+    const int32_t sum = exclusive_scan(offsets, plan.branches);
+    if (lane == 0) total = sum;
+  }
+  __syncthreads();
+  write_header(plan, offsets, total, all_faults);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int64_t entry = first + i * kWarp + lane;
+    if (entry >= plan.entries) continue;
+    const int b = max(branch[i], 0);
+    place(plan, entry, branch[i], offsets[b] + counters[warp * plan.branches + b] + rank[i]);
+  }
+  for (int64_t slot = total + threadIdx.x; slot < plan.entries; slot += blockDim.x) {
+    plan.order[slot] = -1;
+  }
+}
+
+// Many entries, in two launches. Every block owns one run of `tile` entries, every warp of it a run
+// of `span`. counts: [tiles][B], then [tiles] Faults.
+struct Tiles {
+  int32_t* counts;
+  Faults* faults;
+  int64_t tile, span;
+};
+
+template <class Select>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    count_tiles(const Plan plan, const Select select, const Tiles tiles) {
+  extern __shared__ int32_t counters[];
+  __shared__ Faults all_faults;
+  if (threadIdx.x == 0) all_faults = {0, kNoEntry};
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int i = threadIdx.x; i < warps * plan.branches; i += blockDim.x) counters[i] = 0;
+  __syncthreads();
+  const int64_t first = blockIdx.x * tiles.tile + warp * tiles.span;
+  Faults faults{0, kNoEntry};
+#pragma unroll 4
+  for (int64_t at = first; at < first + tiles.span; at += kWarp) {
+    const int branch = at + lane < plan.entries ? select(at + lane) : kNone;
+    faults.see(branch, at);
+    claim(branch, counters + warp * plan.branches);
+  }
+  if (lane == 0) faults.add_to(&all_faults);
+  __syncthreads();
+  scan_warps(counters, warps, plan.branches, tiles.counts + blockIdx.x * plan.branches);
+  if (threadIdx.x == 0) tiles.faults[blockIdx.x] = all_faults;
+}
+
+// Shared memory: counters [warps][B], offsets [B], base [B].
+template <class Select>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    place_tiles(const Plan plan, const Select select, const Tiles tiles) {
+  extern __shared__ int32_t shared[];
+  __shared__ Faults all_faults;
+  __shared__ int32_t total;
+  if (threadIdx.x == 0) all_faults = {0, kNoEntry};
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int32_t* counters = shared;
+  int32_t* offsets = shared + warps * plan.branches;
+  int32_t* base = offsets + plan.branches;
+  for (int i = threadIdx.x; i < warps * plan.branches; i += blockDim.x) counters[i] = 0;
+  for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
+    int32_t before = 0, all = 0;
+#pragma unroll 8
+    for (int t = 0; t < gridDim.x; ++t) {
+      const int32_t count = tiles.counts[t * plan.branches + b];
+      if (t < blockIdx.x) before += count;
+      all += count;
+    }
+    base[b] = before;
+    offsets[b] = all;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int32_t sum = exclusive_scan(offsets, plan.branches);
+    if (lane == 0) total = sum;
+  }
+  const int64_t first = blockIdx.x * tiles.tile + warp * tiles.span;
+  int32_t* own = counters + warp * plan.branches;
+#pragma unroll 4
+  for (int64_t at = first; at < first + tiles.span; at += kWarp) {
+    claim(at + lane < plan.entries ? select.again(at + lane) : kNone, own);
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
+    int32_t sum = offsets[b] + base[b];
+    for (int w = 0; w < warps; ++w) {
+      const int32_t count = counters[w * plan.branches + b];
+      counters[w * plan.branches + b] = sum;
+      sum += count;
+    }
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (int64_t at = first; at < first + tiles.span; at += kWarp) {
+    const int64_t entry = at + lane;
+    const int branch = entry < plan.entries ? select.again(entry) : kNone;
+    const int32_t slot = claim(branch, own);
+    if (entry < plan.entries) place(plan, entry, branch, slot);
+  }
+  const int64_t stop = min((blockIdx.x + 1) * tiles.tile, plan.entries);
+  for (int64_t slot = max(blockIdx.x * tiles.tile, static_cast<int64_t>(total)) + threadIdx.x;
+       slot < stop; slot += blockDim.x) {
+    plan.order[slot] = -1;
+  }
+  if (blockIdx.x == 0) {
+    for (int t = threadIdx.x; t < gridDim.x; t += blockDim.x) tiles.faults[t].add_to(&all_faults);
+    __syncthreads();
+    write_header(plan, offsets, total, all_faults);
+  }
+}
+
+// As many warps as leave room for their counters and two more rows of B.
+int64_t warps_that_fit(int64_t branches, int64_t wanted) {
+  const int64_t rows = kSharedBytes / (static_cast<int64_t>(sizeof(int32_t)) * branches) - 2;
+  STD_TORCH_CHECK(rows >= 1, "route: at most ", kSharedBytes / 12, " branches on a GPU; got ",
+                  branches);
+  return std::min<int64_t>({wanted, rows, kBlockThreads / kWarp});
+}
+
+template <class Select>
+void sort_one_block(const Plan& plan, const Select& select, int64_t warps, cudaStream_t stream) {
+  const int64_t items = ceil_div<int64_t>(plan.entries, warps * kWarp);
+  const auto threads = static_cast<unsigned>(warps * kWarp);
+  const auto bytes = static_cast<unsigned>((warps + 1) * plan.branches * sizeof(int32_t));
+  if (items <= 1) {
+    route_one_block<1><<<1, threads, bytes, stream>>>(plan, select);
+  } else if (items <= 4) {
+    route_one_block<4><<<1, threads, bytes, stream>>>(plan, select);
+  } else {
+    route_one_block<16><<<1, threads, bytes, stream>>>(plan, select);
+  }
+}
+
+template <class Select>
+void sort_tiles(const Plan& plan, const Select& select, const Tensor& like, cudaStream_t stream) {
+  const int64_t blocks =
+      std::clamp<int64_t>(ceil_div<int64_t>(plan.entries, kTileEntries), 1, kMostTiles);
+  const int64_t warps = warps_that_fit(plan.branches, kBlockThreads / kWarp);
+  const int64_t span = ceil_div(plan.entries, blocks * warps * kWarp) * kWarp;
+  const int64_t counts = blocks * plan.branches;
+  const Tensor scratch = empty_vector(like, counts + 2 * blocks, ScalarType::Int);
+  auto* memory = static_cast<int32_t*>(scratch.mutable_data_ptr());
+  const Tiles tiles{memory, reinterpret_cast<Faults*>(memory + counts), warps * span, span};
+  const auto grid = static_cast<unsigned>(blocks), threads = static_cast<unsigned>(warps * kWarp);
+  const auto row = static_cast<unsigned>(plan.branches * sizeof(int32_t));
+  count_tiles<<<grid, threads, warps * row, stream>>>(plan, select, tiles);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  place_tiles<<<grid, threads, (warps + 2) * row, stream>>>(plan, select, tiles);
+}
+
+struct PlanTensors {
+  Tensor order, inverse, header;
+};
+
+template <class Select>
+PlanTensors sort(const Tensor& like, int64_t rows, int64_t ranks, const Select& select) {
+  const OnDeviceOf device(like);
+  PlanTensors tensors{empty_vector(like, rows * ranks, ScalarType::Int),
+                      empty_matrix(like, rows, ranks, ScalarType::Int),
+                      empty_vector(like, select.branches + 3, ScalarType::Int)};
+  const Plan plan{static_cast<int32_t*>(tensors.order.mutable_data_ptr()),
+                  static_cast<int32_t*>(tensors.inverse.mutable_data_ptr()),
+                  static_cast<int32_t*>(tensors.header.mutable_data_ptr()), rows * ranks,
+                  select.branches};
+  const int64_t wanted = std::max<int64_t>(ceil_div<int64_t>(plan.entries, kWarp), 1);
+  const int64_t warps = warps_that_fit(plan.branches, wanted);
+  if (plan.entries <= std::min<int64_t>(kOneBlock, warps * kWarp * 16)) {
+    sort_one_block(plan, select, warps, device.stream());
+  } else {
+    sort_tiles(plan, select, like, device.stream());
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return tensors;
+}
+
+template <class T>
+PlanTensors sort_choice(const Tensor& selection, int64_t rows, int64_t ranks, int branches) {
+  return sort(selection, rows, ranks,
+              Choice<T>{static_cast<const T*>(selection.const_data_ptr()), branches});
+}
+
+PlanTensors sort_selection(const Tensor& selection, int branches) {
+  const int64_t rows = selection.size(0);
+  const int64_t ranks = selection.dim() == 2 ? selection.size(1) : 1;
+  switch (selection.scalar_type()) {
+    case ScalarType::Bool:
+      return sort(selection, rows, ranks,
+                  Mask{static_cast<const bool*>(selection.const_data_ptr()), branches});
+    case ScalarType::Int:
+      return sort_choice<int32_t>(selection, rows, ranks, branches);
+    case ScalarType::Long:
+      return sort_choice<int64_t>(selection, rows, ranks, branches);
+    default:
+      return sort_choice<int64_t>(torch::stable::to(selection, ScalarType::Long), rows, ranks,
+                                  branches);
+  }
+}
+
+template <class T>
+PlanTensors sort_logits(const Tensor& logits, const Tensor& choice) {
+  return sort(logits, logits.size(0), 1,
+              Argmax<T>{static_cast<const T*>(logits.const_data_ptr()),
+                        static_cast<int64_t*>(choice.mutable_data_ptr()),
+                        static_cast<int>(logits.size(1))});
+}
+
+}  // namespace
+
+// selection: int [N, k] or [N], or bool [N, B]. header: B+1 offsets, number of faults, first fault.
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& selection, int64_t branches) {
+  PlanTensors plan = sort_selection(as_contiguous(selection), static_cast<int>(branches));
+  return {std::move(plan.order), std::move(plan.inverse), std::move(plan.header)};
+}
+
+// logits: floating [N, B]. Also returns choice int64 [N]; faulty rows choose -1.
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_argmax(const Tensor& logits) {
+  const Tensor scores = as_contiguous(logits);
+  const Tensor choice = empty_vector(logits, logits.size(0), ScalarType::Long);
+  PlanTensors plan = visit_floating(
+      scores.scalar_type(), [&](auto zero) { return sort_logits<decltype(zero)>(scores, choice); });
+  return {choice, std::move(plan.order), std::move(plan.inverse), std::move(plan.header)};
+}
+
+}  // namespace dynmm
+
+STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
+  m.impl("route", TORCH_BOX(&dynmm::route));
+  m.impl("route_argmax", TORCH_BOX(&dynmm::route_argmax));
+}
