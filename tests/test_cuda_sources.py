@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: nvcc compiles every file; no spills, no local memory, wide accesses.
+"""The CUDA sources without a GPU: nvcc compiles every file; no spills, wide accesses.
 
 Needs a CUDA toolkit (a CUDA build of torch is not needed) and the `triton` wheel, which carries
 cuobjdump. Skipped where there is no toolkit, unless DYNMM_REQUIRE_NVCC=1.
@@ -100,7 +100,8 @@ def test_wide_path_moves_16_bytes(compiled, source, architecture):
 def sass(cubin: Path) -> dict[str, str]:
     """Mangled name -> machine code."""
     spec = importlib.util.find_spec("triton")
-    assert spec is not None and spec.origin is not None, "the test needs the triton wheel"
+    assert spec is not None, "the test needs the triton wheel"
+    assert spec.origin is not None
     tools = Path(spec.origin).parent / "backends" / "nvidia" / "bin"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}  # it calls nvdisasm
     result = subprocess.run(

@@ -1,9 +1,9 @@
 """Which implementation serves: found once at import, chosen by device, or asked for by name.
 
-By device: CPU tensors go to the C++ kernels; CUDA tensors to the CUDA C++ kernels, or to Triton where
-those are not built; everything else, and what is missing, to the reference.
-`DYNMM_BACKEND=<name>` or `with backend("<name>")` is an explicit request: it is honoured or refused,
-never replaced.
+By device: CPU tensors go to the C++ kernels; CUDA tensors to the CUDA C++ kernels, or to Triton
+where those are not built; everything else, and what is missing, to the reference.
+`DYNMM_BACKEND=<name>` or `with backend("<name>")` is an explicit request: it is honoured or
+refused, never replaced.
 """
 
 from __future__ import annotations
