@@ -3,29 +3,18 @@
 Skipped where torch sees none.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import kernel_cases as cases
 import pytest
 import torch
-from tensors import (
-    DTYPES,
-    FLOATS,
-    LAYOUTS,
-    SELECTIONS,
-    random_bits,
-    random_selection,
-    random_values,
-    row_bytes,
-    selection_of,
-)
+from tensors import FLOATS, LAYOUTS, SELECTIONS
 from torch import Tensor, nn
 
 import dynmm_kernels
 from dynmm_kernels import RoutedFusion, ops, route
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-
-ROWS = (0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 16384, 16385, 65537)
 
 
 @pytest.fixture(params=["reference", "cuda", "triton"])
@@ -34,12 +23,8 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
-def on_cpu(op: str, *arguments):
-    with dynmm_kernels.backend("reference"):
-        return getattr(ops.kernels(), op)(*arguments)
-
-
-def on_gpu(op: str, *arguments):
+def run(op: str, *arguments):
+    """The op on GPU copies of the arguments."""
     return getattr(ops.kernels(), op)(*map(to_gpu, arguments))
 
 
@@ -60,124 +45,47 @@ def on_device(tensor: Tensor) -> Tensor:
     return flat.cuda().as_strided(tensor.shape, tensor.stride())
 
 
-def assert_same(got: Tensor, wanted: Tensor) -> None:
-    assert got.dtype == wanted.dtype
-    assert got.shape == wanted.shape
-    assert row_bytes(got.cpu().reshape(1, -1)) == row_bytes(wanted.reshape(1, -1))
-
-
 @pytest.mark.parametrize("branches", [1, 2, 8, 256])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", cases.ROWS)
 def test_route(backend, rows, branches):
-    for selection in (
-        torch.randint(-1, branches, (rows,)),
-        random_selection(rows, 2, branches).int(),
-        torch.rand(rows, min(branches, 8)) < 0.3,
-    ):
-        width = selection.shape[1] if selection.dtype == torch.bool else branches
-        for got, wanted in zip(
-            on_gpu("route", selection, width), on_cpu("route", selection, width), strict=True
-        ):
-            assert_same(got, wanted)
+    cases.check_route(run, rows, branches)
 
 
 def test_route_large(backend):
-    selection = torch.randint(-1, 256, (1_000_003,))
-    for got, wanted in zip(
-        on_gpu("route", selection, 256), on_cpu("route", selection, 256), strict=True
-    ):
-        assert_same(got, wanted)
+    cases.check_moves(run, "route", torch.randint(-1, 256, (1_000_003,)), 256)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 1025, 20_000])
+def test_faults(backend, rows):
+    cases.check_faults(run, rows)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [0, 1, 33, 1025, 20000])
+@pytest.mark.parametrize("rows", [0, 1, 33, 1025, 20_000])
 def test_route_argmax(backend, dtype, rows):
-    logits = torch.randn(rows, 5).to(dtype)
-    logits[::3] = logits[::3].round()  # ties
-    for faulty, value in ((7, float("nan")), (20, float("inf")), (21, float("-inf"))):
-        if faulty < rows:
-            logits[faulty] = value
-    for got, wanted in zip(
-        on_gpu("route_argmax", logits), on_cpu("route_argmax", logits), strict=True
-    ):
-        assert_same(got, wanted)
+    cases.check_argmax(run, dtype, rows)
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_movement(backend, name, layout):
-    selection, branches = selection_of(name)
-    order, inverse, header = on_cpu("route", selection, branches)
-    starts, ranks = header.tolist()[: branches + 1], inverse.shape[1]
-    for dtype in DTYPES:
-        if layout == "misaligned" and dtype.itemsize > 1:
-            continue  # CUDA has no values across alignment
-        source = LAYOUTS[layout](random_bits((inverse.shape[0], 3, 5), dtype))
-        arguments = ([source] * branches, starts[:-1], starts[1:], order, ranks)
-        gathered = on_cpu("gather_rows", *arguments)
-        for got, wanted in zip(on_gpu("gather_rows", *arguments), gathered, strict=True):
-            assert_same(got, wanted)
-        if ranks == 1:
-            arguments = (gathered, starts[:-1], inverse)
-            assert_same(on_gpu("combine_rows", *arguments), on_cpu("combine_rows", *arguments))
+    cases.check_movement(run, name, layout)
 
 
-@pytest.mark.parametrize("numel", [1, 3, 8, 1024, 40_000])
-@pytest.mark.parametrize("rows", [1, 33, 1025])
+@pytest.mark.parametrize("numel", cases.NUMELS)
+@pytest.mark.parametrize("rows", [1, 33, 100])
 def test_sizes(backend, rows, numel):
-    """Several modalities in one call: wide rows, rows of a few bytes, more than one tile a row."""
-    if rows * numel > 4_000_000:
-        pytest.skip("more memory than the case is worth")
-    order, inverse, header = on_cpu("route", torch.randint(0, 3, (rows,)), 3)
-    starts = header.tolist()[:4]
-    sources = [random_bits((rows, numel), dtype) for dtype in (torch.float32, torch.uint8)]
-    arguments = (sources, [0, 0], [rows, rows], order, 1)
-    for got, wanted in zip(
-        on_gpu("gather_rows", *arguments), on_cpu("gather_rows", *arguments), strict=True
-    ):
-        assert_same(got, wanted)
-    outputs = [random_bits((starts[b + 1] - starts[b], numel), torch.float16) for b in range(3)]
-    arguments = (outputs, starts[:-1], inverse)
-    assert_same(on_gpu("combine_rows", *arguments), on_cpu("combine_rows", *arguments))
+    cases.check_sizes(run, rows, numel)
 
 
 @pytest.mark.parametrize("numel", [1, 3, 64, 70_000])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64])
 def test_arithmetic(backend, dtype, numel):
-    """Within the error of one rounding per operation, relative to the scale of the result."""
-    rows, branches = 37, 3
-    order, inverse, header = on_cpu("route", random_selection(rows, 2, branches), branches)
-    starts = header.tolist()[: branches + 1]
-    real = torch.float32 if dtype.is_complex else dtype
-    make: Callable[[int], Tensor] = lambda n: random_values((n, numel), real).to(dtype)  # noqa: E731
-    weights = torch.randn(rows, 2, dtype=ops.weight_dtype(dtype))
-    source, outputs = make(rows), [make(starts[b + 1] - starts[b]) for b in range(branches)]
-    calls = {
-        "gather_rows": ([source], [0], [starts[-1]], order, 2, weights),
-        "combine_rows": (outputs, starts[:-1], inverse, weights),
-        "row_dots": (source, outputs, starts[:-1], inverse),
-    }
-    for op, arguments in calls.items():
-        got, wanted = on_gpu(op, *arguments), on_cpu(op, *arguments)
-        if op == "gather_rows":
-            got, wanted = got[0], wanted[0]
-        eps = torch.finfo(got.dtype).eps
-        scale = wanted.abs().max() * (numel**0.5 if op == "row_dots" else 4)
-        torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=float(scale) * 4 * eps)
+    cases.check_arithmetic(run, dtype, numel)
 
 
 def test_many_outputs(backend):
-    """More outputs than a small table of kernel parameters holds."""
-    branches = 300
-    selection = torch.randint(0, branches, (2000,))
-    order, inverse, header = on_cpu("route", selection, branches)
-    starts = header.tolist()[: branches + 1]
-    source = random_bits((2000, 24), torch.float32)
-    arguments = ([source] * branches, starts[:-1], starts[1:], order, 1)
-    gathered = on_cpu("gather_rows", *arguments)
-    for got, wanted in zip(on_gpu("gather_rows", *arguments), gathered, strict=True):
-        assert_same(got, wanted)
-    assert_same(on_gpu("combine_rows", gathered, starts[:-1], inverse), source)
+    cases.check_many_outputs(run, 300)
 
 
 def make_fusion(**options) -> RoutedFusion:
@@ -258,10 +166,10 @@ def test_graph_replay():
         choice.copy_(torch.randint(0, 4, (4096,)))
         x.normal_()
         graph.replay()
-        order, _, wanted = on_cpu("route", choice.cpu(), 4)
-        assert_same(header, wanted)
-        assert_same(rows, x.cpu()[order.long()])
-        assert_same(back, x.cpu())
+        order, _, wanted = cases.reference("route", choice.cpu(), 4)
+        cases.assert_same(header, wanted)
+        cases.assert_same(rows, x.cpu()[order.long()])
+        cases.assert_same(back, x.cpu())
 
 
 def test_faults_are_clear_errors(backend):

@@ -1,0 +1,138 @@
+"""What every kernel must do, whoever runs it: an emulator, Triton's interpreter, a GPU.
+
+Each check takes `run(op, *arguments)`, which runs an op on CPU tensors in its own way, and compares
+with the reference: bit for bit where rows only move.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensors import (
+    DTYPES,
+    LAYOUTS,
+    random_bits,
+    random_selection,
+    random_values,
+    row_bytes,
+    selection_of,
+)
+from torch import Tensor
+
+import dynmm_kernels
+from dynmm_kernels import ops
+
+Run = Callable[..., Any]
+
+ROWS = (0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 16384, 16385, 65537)
+NUMELS = (1, 3, 8, 1024, 40_000)
+
+
+def reference(op: str, *arguments: Any) -> Any:
+    with dynmm_kernels.backend("reference"):
+        return getattr(ops.kernels(), op)(*arguments)
+
+
+def assert_same(got: Tensor, wanted: Tensor) -> None:
+    assert got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
+    assert row_bytes(got.cpu().reshape(1, -1)) == row_bytes(wanted.reshape(1, -1))
+
+
+def check_moves(run: Run, op: str, *arguments: Any) -> None:
+    """The op's results, one or several, are the reference's bit for bit."""
+    got, wanted = run(op, *arguments), reference(op, *arguments)
+    if isinstance(wanted, Tensor):
+        got, wanted = [got], [wanted]
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_same(ours, theirs)
+
+
+def check_route(run: Run, rows: int, branches: int) -> None:
+    check_moves(run, "route", torch.randint(-1, branches, (rows,)), branches)
+    check_moves(run, "route", random_selection(rows, 2, branches).int(), branches)
+    mask = torch.rand(rows, min(branches, 8)) < 0.3
+    check_moves(run, "route", mask, mask.shape[1])
+
+
+def check_faults(run: Run, rows: int) -> None:
+    """Values outside -1..B-1 are counted and the first is named, wherever it stands."""
+    choice = torch.randint(0, 3, (rows,))
+    choice[torch.randperm(rows)[: rows // 7 + 1]] = 3
+    check_moves(run, "route", choice, 3)
+    choice[:] = 0
+    choice[-1] = -2
+    check_moves(run, "route", choice, 3)
+
+
+def check_argmax(run: Run, dtype: torch.dtype, rows: int) -> None:
+    logits = torch.randn(rows, 5).to(dtype)
+    logits[::3] = logits[::3].round()  # ties
+    for faulty, value in ((7, float("nan")), (20, float("inf")), (21, float("-inf"))):
+        if faulty < rows:
+            logits[faulty] = value
+    check_moves(run, "route_argmax", logits)
+
+
+def check_movement(run: Run, name: str, layout: str, dtypes=tuple(DTYPES)) -> None:
+    selection, branches = selection_of(name)
+    order, inverse, header = reference("route", selection, branches)
+    starts, ranks = header.tolist()[: branches + 1], inverse.shape[1]
+    for dtype in dtypes:
+        if layout == "misaligned" and dtype.itemsize > 1:
+            continue  # a GPU has no values across alignment
+        source = LAYOUTS[layout](random_bits((inverse.shape[0], 3, 5), dtype))
+        arguments = ([source] * branches, starts[:-1], starts[1:], order, ranks)
+        check_moves(run, "gather_rows", *arguments)
+        if ranks == 1:
+            gathered = reference("gather_rows", *arguments)
+            check_moves(run, "combine_rows", gathered, starts[:-1], inverse)
+
+
+def check_sizes(run: Run, rows: int, numel: int) -> None:
+    """Two modalities in one call; rows of a few bytes, and of more than one block's share."""
+    order, inverse, header = reference("route", torch.randint(0, 3, (rows,)), 3)
+    starts = header.tolist()[:4]
+    sources = [random_bits((rows, numel), dtype) for dtype in (torch.float32, torch.uint8)]
+    check_moves(run, "gather_rows", sources, [0, 0], [rows, rows], order, 1)
+    outputs = [random_bits((starts[b + 1] - starts[b], numel), torch.float16) for b in range(3)]
+    check_moves(run, "combine_rows", outputs, starts[:-1], inverse)
+
+
+def check_many_outputs(run: Run, branches: int) -> None:
+    """More outputs than a small table of kernel parameters holds."""
+    rows = 3 * branches
+    order, inverse, header = reference("route", torch.randint(0, branches, (rows,)), branches)
+    starts = header.tolist()[: branches + 1]
+    source = random_bits((rows, 6), torch.float32)
+    arguments = ([source] * branches, starts[:-1], starts[1:], order, 1)
+    check_moves(run, "gather_rows", *arguments)
+    check_moves(run, "combine_rows", reference("gather_rows", *arguments), starts[:-1], inverse)
+
+
+def check_arithmetic(run: Run, dtype: torch.dtype, numel: int) -> None:
+    """Within a few roundings of the reference, relative to the scale of the result."""
+    rows, branches = 37, 3
+    order, inverse, header = reference("route", random_selection(rows, 2, branches), branches)
+    starts = header.tolist()[: branches + 1]
+    real = torch.float32 if dtype.is_complex else dtype
+
+    def values(size: int) -> Tensor:
+        return random_values((size, numel), real).to(dtype)
+
+    weights = torch.randn(rows, 2, dtype=ops.weight_dtype(dtype))
+    source, outputs = values(rows), [values(starts[b + 1] - starts[b]) for b in range(branches)]
+    calls = {
+        "gather_rows": ([source], [0], [starts[-1]], order, 2, weights),
+        "combine_rows": (outputs, starts[:-1], inverse, weights),
+        "row_dots": (source, outputs, starts[:-1], inverse),
+    }
+    for op, arguments in calls.items():
+        got, wanted = run(op, *arguments), reference(op, *arguments)
+        if op == "gather_rows":
+            got, wanted = got[0], wanted[0]
+        eps = torch.finfo(got.dtype).eps
+        scale = float(wanted.abs().max()) * (numel**0.5 if op == "row_dots" else 1)
+        torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=4 * scale * eps)
+    if not dtype.is_complex:
+        check_moves(run, "combine_rows", [values(starts[-1])], [0], inverse, None)

@@ -1,0 +1,63 @@
+"""The CUDA kernels' own code, run thread by thread on the CPU (see cuda_emulator/)."""
+
+import kernel_cases as cases
+import pytest
+import torch
+from cuda_emulator import NAMESPACE, build
+from tensors import FLOATS, LAYOUTS, SELECTIONS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs an op on the emulator."""
+    library = build(tmp_path_factory.mktemp("emulated"))
+
+    def on_emulator(op: str, *arguments):
+        return getattr(getattr(torch.ops, NAMESPACE), op)(*arguments)
+
+    yield on_emulator
+    del library
+
+
+@pytest.mark.parametrize("branches", [1, 2, 8, 256])
+@pytest.mark.parametrize("rows", [rows for rows in cases.ROWS if rows < 65536])
+def test_route(run, rows, branches):
+    cases.check_route(run, rows, branches)
+
+
+def test_route_with_more_branches_than_a_warp_counts_each(run):
+    """Counters leave room for fewer warps."""
+    cases.check_moves(run, "route", torch.randint(-1, 3000, (5000,)), 3000)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 1025, 20_000])
+def test_faults(run, rows):
+    cases.check_faults(run, rows)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [0, 1, 33, 1025, 20_000])
+def test_route_argmax(run, dtype, rows):
+    cases.check_argmax(run, dtype, rows)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_movement(run, name, layout):
+    cases.check_movement(run, name, layout)
+
+
+@pytest.mark.parametrize("numel", cases.NUMELS)
+@pytest.mark.parametrize("rows", [1, 33])
+def test_sizes(run, rows, numel):
+    cases.check_sizes(run, rows, numel)
+
+
+@pytest.mark.parametrize("numel", [1, 3, 64, 70_000])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64])
+def test_arithmetic(run, dtype, numel):
+    cases.check_arithmetic(run, dtype, numel)
+
+
+def test_many_outputs(run):
+    cases.check_many_outputs(run, 300)
