@@ -35,8 +35,10 @@ def _compare(name: str, op: str, arguments: tuple[Any, ...]) -> str | None:
     """What differs, or None."""
     with ops.backend("reference"):
         wanted = _as_tuple(getattr(ops.kernels(), op)(*arguments))
+    device = "cuda" if name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    arguments = tuple(_on(device, argument) for argument in arguments)
     with ops.backend(name):
-        got = _as_tuple(getattr(ops.kernels(), op)(*arguments))
+        got = tuple(result.cpu() for result in _as_tuple(getattr(ops.kernels(), op)(*arguments)))
     try:
         # Default tolerances for sums, whose order of rounding differs; none for moved values.
         tolerance = None if op in ("combine_rows", "row_dots") else 0.0
@@ -48,6 +50,12 @@ def _compare(name: str, op: str, arguments: tuple[Any, ...]) -> str | None:
     except Exception as error:  # reported, with the first line of what went wrong
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
+
+
+def _on(device: str, argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_on(device, element) for element in argument]
+    return argument.to(device) if isinstance(argument, Tensor) else argument
 
 
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:
