@@ -1,4 +1,4 @@
-"""route against the routing metadata of other libraries on a GPU; absent ones are skipped by name."""
+"""route against the routing metadata of other libraries on a GPU; absent ones are skipped."""
 
 import pytest
 import torch

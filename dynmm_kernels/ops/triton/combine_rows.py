@@ -14,15 +14,14 @@ from .layout import accumulator, as_bytes, as_values, byte_width, joined, row_by
 @triton.jit
 def load_slot(outputs, starts, stops, strides, slot, c, inside, kind):
     """Row(slot)[c] and whether an output holds the slot; zeros where none does."""
-    total = tl.zeros(inside.shape, dtype=kind)
+    row = outputs[0] + slot.to(tl.int64) * 0
     found = slot < -1
     for i in tl.static_range(len(outputs)):
         own = (slot >= starts[i]) & (slot < stops[i])
-        row = (slot - starts[i]).to(tl.int64) * strides[i]
-        value = tl.load(outputs[i] + row[:, None] + c[None, :], mask=inside & own[:, None], other=0)
-        total = tl.where(own[:, None], value.to(kind), total)
+        row = tl.where(own, outputs[i] + (slot - starts[i]).to(tl.int64) * strides[i], row)
         found = found | own
-    return total, found
+    value = tl.load(row[:, None] + c[None, :], mask=inside & found[:, None], other=0)
+    return value.to(kind), found
 
 
 @triton.jit
