@@ -15,7 +15,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,10 +35,11 @@ E1, E2 = 0, 1
 TRAIN_BATCH, TEST_BATCH = 64, 128
 TIMING_SECONDS = 20.0
 COST_WEIGHT = 0.07  # of the resource loss; larger sends more digits to E1
-RATES = (  # stage, peak learning rates of gate, E1, E2
-    ("branches", [0.0, 1e-2, 3e-3]),
-    ("gate and branches", [5e-3, 3e-4, 3e-4]),
-)
+BRANCHES, TOGETHER = "branches", "gate and branches"
+RATES = {  # stage: peak learning rates of gate, E1, E2
+    BRANCHES: [0.0, 1e-2, 3e-3],
+    TOGETHER: [5e-3, 3e-4, 3e-4],
+}
 
 Views = dict[str, Tensor]
 
@@ -126,32 +127,37 @@ def build(sample: Views) -> RoutedFusion:
 
 
 def train(
-    fusion: RoutedFusion, digits: Digits, epochs: int, seed: int, advance: Callable[[str], None]
+    fusion: RoutedFusion,
+    digits: Digits,
+    epochs: int,
+    generator: torch.Generator,
+    advance: Callable[[str], None],
+    stages: Sequence[str] = tuple(RATES),
+    cost_weight: float = COST_WEIGHT,
 ) -> None:
     """DynMM's two stages: first the branches, each on every sample; then the gate with them.
 
     In the second stage the gate decides hard, and the straight-through gradient tells it what the
     other choice would have been worth.
     """
-    generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(digits.train_labels) // TRAIN_BATCH)
     fusion.train()
     gate, easy, hard = fusion.gate, *fusion.branches
-    for stage, rates in RATES:
+    for stage in stages:
         groups = [{"params": part.parameters()} for part in (gate, easy, hard)]
         optimizer = torch.optim.AdamW(groups)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATES[stage], total_steps=steps)
         for _ in range(epochs):
             order = torch.randperm(len(digits.train_labels), generator=generator)
             for rows in order.split(TRAIN_BATCH):
                 batch = views(jitter(digits.train_images[rows], generator))
                 labels = digits.train_labels[rows]
-                if stage == "branches":
+                if stage == BRANCHES:
                     loss = F.cross_entropy(fusion(batch, choice=E1), labels)
                     loss = loss + F.cross_entropy(fusion(batch, choice=E2), labels)
                 else:
                     logits, routing = fusion(batch, return_routing=True)
-                    loss = F.cross_entropy(logits, labels) + COST_WEIGHT * resource_loss(routing)
+                    loss = F.cross_entropy(logits, labels) + cost_weight * resource_loss(routing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -186,16 +192,18 @@ class Bench:
         masked, routed = self.logits("masked"), self.logits("routed")
         return float((masked - routed).abs().max() / masked.abs().max())
 
-    def times(self, rounds: int, advance: Callable[[str], None]) -> dict[str, float]:
+    def times(
+        self, rounds: int, advance: Callable[[str], None], modes: Sequence[str] = MODES
+    ) -> dict[str, float]:
         """Median milliseconds of each mode, taken in turns so that a noisy moment hits them all."""
-        seconds: dict[str, list[float]] = {mode: [] for mode in self.MODES}
-        for mode in self.MODES:
+        seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+        for mode in modes:
             self.run(mode)
         begin = time.perf_counter()
         for _ in range(rounds):
             if time.perf_counter() - begin > TIMING_SECONDS:
                 break  # the machine is busy; the first round always happens
-            for mode in self.MODES:
+            for mode in modes:
                 start = time.perf_counter()
                 self.run(mode)
                 seconds[mode].append(time.perf_counter() - start)
@@ -211,19 +219,17 @@ class Bench:
         total = len(self.labels)
         return tuple((shares / total).tolist()), executed / total
 
-    def rows(self, times: dict[str, float]) -> tuple[Row, ...]:
-        work = {mode: self.work(mode) for mode in self.MODES}
-        return tuple(
-            Row(
-                mode=mode,
-                accuracy=100 * float((self.logits(mode).argmax(1) == self.labels).float().mean()),
-                shares=work[mode][0],
-                macs=work[mode][1],
-                time_ms=times[mode],
-                speedup=times["masked"] / times[mode],
-                ceiling=work["masked"][1] / work[mode][1],
-            )
-            for mode in self.MODES
+    def row(self, mode: str, times: dict[str, float]) -> Row:
+        """What `mode` gives and costs; `times` holds it and "masked"."""
+        shares, macs = self.work(mode)
+        return Row(
+            mode=mode,
+            accuracy=100 * float((self.logits(mode).argmax(1) == self.labels).float().mean()),
+            shares=shares,
+            macs=macs,
+            time_ms=times[mode],
+            speedup=times["masked"] / times[mode],
+            ceiling=self.work("masked")[1] / macs,
         )
 
 
@@ -239,13 +245,14 @@ def experiment(
         torch.manual_seed(seed)
         fusion = build(views(digits.test_images[:8]))
         start = time.perf_counter()
-        train(fusion, digits, epochs, seed, advance)
+        train(fusion, digits, epochs, torch.Generator().manual_seed(seed), advance)
         train_seconds = time.perf_counter() - start
     bench = Bench(fusion, digits)
     parity = bench.parity()
     if not parity < 1e-5:
         raise RuntimeError(f"routed and masked logits differ by {parity:.1e} of the largest logit")
-    rows = bench.rows(bench.times(rounds, advance))
+    times = bench.times(rounds, advance)
+    rows = tuple(bench.row(mode, times) for mode in bench.MODES)
     threads = torch.get_num_threads()
     samples = len(digits.test_labels)
     return Report(rows, parity, samples, TEST_BATCH, train_seconds, epochs, seed, threads), bench
@@ -304,9 +311,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=15, help="of the timing")
     parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="train with several weights of the cost, masked and routed (a few minutes)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.sweep:
+        return importlib.import_module(f"{__package__}.demo_sweep").run(arguments)
     total = len(RATES) * arguments.epochs + arguments.rounds
     with progress(total, quiet=arguments.json) as advance:
         report, _ = experiment(arguments.epochs, arguments.seed, arguments.rounds, advance)
