@@ -40,6 +40,24 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+PROVED = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config) -> None:
+    config.stash[PROVED] = []
+
+
+@pytest.fixture(scope="session")
+def proved(request):
+    """`proved(line)`: what was shown without a GPU, printed at the end of the run."""
+    return request.config.stash[PROVED].append
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    for line in config.stash[PROVED]:
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(params=tested_backends())
 def backend(request) -> Iterator[str]:
     """Runs the test once per CPU backend."""

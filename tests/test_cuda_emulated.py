@@ -6,9 +6,11 @@ import torch
 from cuda_emulator import NAMESPACE, build
 from tensors import FLOATS, LAYOUTS, SELECTIONS
 
+from dynmm_kernels.ops import schemas
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, proved):
     """Runs an op on the emulator."""
     library = build(tmp_path_factory.mktemp("emulated"))
 
@@ -16,6 +18,8 @@ def run(tmp_path_factory):
         return getattr(getattr(torch.ops, NAMESPACE), op)(*arguments)
 
     yield on_emulator
+    ops_run = ", ".join(schemas.OPS)
+    proved(f"CUDA kernels on the emulator: {ops_run}")
     del library
 
 
