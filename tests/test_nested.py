@@ -259,10 +259,10 @@ def test_same_inputs_same_bits(mode, backend):
 def test_identity_parts_share_no_memory_with_inputs_or_stages():
     """Stages and fusions that return what they got, so that everything could alias."""
     identity = [nn.Identity() for _ in range(3)]
-    take = {"aux": lambda r, a: a, "main": lambda r, a: r, "sum": lambda r, a: r + a}
+    main, aux, total = (lambda r, a: r), (lambda r, a: a), (lambda r, a: r + a)
     for depths in ([3, 3, 3], [0, 0, 0], [2, 0, 3], [1, 3, 3]):
-        for call in take.values():
-            fusions = [Function(call) for _ in range(3)]
+        for calls in ([main] * 3, [aux] * 3, [total] * 3, [aux, total, total]):
+            fusions = [Function(call) for call in calls]
             gate = choosing(depths, 4)
             nested = NestedFusion(gate, identity, identity, fusions)
             inputs = batch("mlp", 3)

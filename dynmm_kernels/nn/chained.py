@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import levels
 from .branch import Branch, as_branch
 from .gates import straight_through
 from .prefix import Cell, Prefix
@@ -177,7 +178,7 @@ class ChainedFusion(StackFusion):
         level = torch.where(choice > 0, 2, int(follow))
         if active < seen:
             level = torch.cat([level[:active], choice[active:]])
-        plan = F.route_descending(torch.where(choice < 0, -1, level), 3)
+        plan = levels.route_descending(level, 3)
         samples = None if prefix.plan is None else prefix.plan.order
         F.check_faults(decided, plan.host_header, f"{gate.name}", samples)
         return prefix.sort(plan, keep)
@@ -222,7 +223,7 @@ class ChainedFusion(StackFusion):
 
     def _report(self, run: Run, depth: Tensor, keeps: Sequence[Tensor | None]) -> None:
         run.depth = depth
-        run.plan = F.route_descending(depth, len(run.cells) + 1)
+        run.plan = levels.route_descending(depth, len(run.cells) + 1)
         columns = [
             (depth >= k).float() if keep is None else keep for k, keep in enumerate(keeps, start=1)
         ]

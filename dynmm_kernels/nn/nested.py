@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import levels
 from .branch import as_branch
 from .execution import Learning
 from .stack import Run, StackFusion, skip_and_fuse
@@ -83,7 +84,7 @@ class NestedFusion(StackFusion):
         num_depths = len(run.cells) + 1
         logits = self._ask(self.gate, *run.inputs, num_depths, generator)
         depth, _ = F.route_argmax(logits.detach())
-        plan = F.route_descending(depth, num_depths)
+        plan = levels.route_descending(depth, num_depths)
         F.check_faults(logits, plan.host_header)
         dense, learns = self.execution == "dense", self._learns(logits)
         if dense or learns or run.reports:

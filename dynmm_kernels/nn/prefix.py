@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import levels
 from ..plan import RoutingPlan
 from .branch import Branch
 from .execution import apart
@@ -130,7 +131,7 @@ class Prefix:
             sources, starts, stops = [*sources, aux.detach()], [*starts, count], [*stops, size]
         if probs is not None:
             sources, starts, stops = [*sources, probs], [*starts, 0], [*stops, size]
-        moved = F.gather_slots(plan, sources, range(len(sources)), starts, stops)
+        moved = levels.gather_slots(plan, sources, range(len(sources)), starts, stops)
         self.main, self.aux = moved[:2]
         if follow and count < size:
             self.rest = moved[2]
@@ -164,7 +165,7 @@ class Prefix:
             if keep is not None:
                 sources, starts, stops = [*sources, keep[:seen]], [*starts, 0], [*stops, seen]
             used = [i for i in range(len(sources)) if starts[i] < stops[i]]
-            moved = F.gather_slots(
+            moved = levels.gather_slots(
                 plan, sources, used, [starts[i] for i in used], [stops[i] for i in used]
             )
             by_source = dict(zip(used, moved, strict=True))
@@ -184,7 +185,7 @@ class Prefix:
         if self.plan is not None:
             before = self.plan.order
             order = _replace(before, before.index_select(0, order))
-        self.plan = F.permutation(order)
+        self.plan = levels.permutation(order)
 
     def _go_on(self, aux: Tensor, count: int) -> None:
         if count == 0:
@@ -213,7 +214,7 @@ class Prefix:
         if self.aux is not None and head is not None:
             fused = cell.fuse(head, self.aux)
         if weights is not None:
-            self.main = F.fuse_prefix(head, tail, fused, rest, weights, exact)
+            self.main = levels.fuse_prefix(head, tail, fused, rest, weights, exact)
         elif fused is not None:
             self.main = fused if tail is None else self._join(cell, main, fused, tail)
 

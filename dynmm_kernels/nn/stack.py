@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import levels
 from ..plan import RoutingPlan
 from .branch import Branch
 from .execution import Learning, apart, blend
@@ -122,8 +123,8 @@ class StackFusion(Settings):
             self._run_gated(run, generator)
         else:
             run.depth = forced(depth, "depth", last + 1, main.shape[0], main.device)
-            run.plan = F.route_descending(run.depth, last + 1)
-            F.check_levels(run.plan, run.depth, "depth")
+            run.plan = levels.route_descending(run.depth, last + 1)
+            levels.check_levels(run.plan, run.depth, "depth")
             self._run_to_depth(run, run.depth, run.plan)
         result: Any = run.outputs[last]
         if stages:
