@@ -178,7 +178,7 @@ class ChainedFusion(StackFusion):
         level = torch.where(choice > 0, 2, int(follow))
         if active < seen:
             level = torch.cat([level[:active], choice[active:]])
-        plan = levels.route_descending(level, 3)
+        plan = levels.route_descending(torch.where(choice < 0, -1, level), 3)
         samples = None if prefix.plan is None else prefix.plan.order
         F.check_faults(decided, plan.host_header, f"{gate.name}", samples)
         return prefix.sort(plan, keep)
