@@ -312,6 +312,27 @@ def test_fused_rows_are_written_in_place(monkeypatch):
         nested(*batch("mlp", 9))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_autocast(wide, mode):
+    """A fusion may then end in another dtype than its main stage; both executions end in one."""
+    fusion = Function(lambda r, a: (r + a).float() if wide else r + a)
+    linear = [nn.Linear(CHANNELS, CHANNELS) for _ in range(6)]
+    gate = choosing([2, 0, 3, 1], 4, torch.float32)
+    nested = NestedFusion(gate, linear[:3], linear[3:], [fusion] * 3, gate_grad=mode)
+    inputs = [x.float() for x in batch("mlp", 4)]
+    outputs = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for nested.execution in ("masked", "routed"):
+            outputs.append(nested(*inputs))
+        with torch.no_grad():
+            outputs.append(nested(*inputs))
+    outputs[1].float().sum().backward()
+    assert {x.dtype for x in outputs} == {torch.float32 if wide else torch.bfloat16}
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
 def with_norms():
     main, aux, fusions = parts("mlp", 3)
     aux[1] = nn.Sequential(aux[1], nn.BatchNorm1d(CHANNELS, dtype=torch.float64))
