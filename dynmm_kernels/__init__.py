@@ -3,7 +3,7 @@
 from .costs import branch_costs
 from .functional import combine, gather, route
 from .losses import resource_loss
-from .nn import Branch, RoutedFusion, Routing
+from .nn import Branch, ChainedFusion, DepthRouting, NestedFusion, RoutedFusion, Routing
 from .ops import backend
 from .plan import RoutingPlan
 from .tree import Lazy, Shared
@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Branch",
+    "ChainedFusion",
+    "DepthRouting",
     "Lazy",
+    "NestedFusion",
     "RoutedFusion",
     "Routing",
     "RoutingPlan",

@@ -6,6 +6,7 @@ same kernels. Where no graph is recorded the ops are called directly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -144,6 +145,24 @@ class CombineSelected(torch.autograd.Function):
         )
         dots = kernels.row_dots(grad, rows, ctx.all_starts, index).to(ctx.probs_dtype)
         return None, None, None, None, None, dots, *grads, *[None] * (len(rows) - num_outputs)
+
+
+class FusePrefix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, index, num_parts, weights, *rows):
+        ctx.sizes = [part.shape[0] for part in rows]
+        ctx.num_parts, ctx.weights_dtype = num_parts, weights.dtype
+        ctx.save_for_backward(index, *(part.detach() for part in rows))
+        return torch.cat(rows[:num_parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        index, *rows = ctx.saved_tensors
+        starts = [0, *itertools.accumulate(ctx.sizes[:-1])]
+        dots = ops.kernels().row_dots(grad, rows, starts, index).to(ctx.weights_dtype)
+        parts = grad.split(ctx.sizes[: ctx.num_parts])
+        return None, None, dots, *parts, *[None] * (len(rows) - ctx.num_parts)
 
 
 class Touch(torch.autograd.Function):

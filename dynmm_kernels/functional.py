@@ -84,7 +84,9 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
     return choice, RoutingPlan(order, inverse, header, logits.shape[1])
 
 
-def check_logits(logits: Any, num_rows: int | None, num_branches: int) -> None:
+def check_logits(
+    logits: Any, num_rows: int | None, num_branches: int, gate: str = "the gate"
+) -> None:
     """Raises TypeError or ValueError unless `logits` is a floating [N, B] (N: any where None)."""
     floating = isinstance(logits, Tensor) and logits.dtype in _FLOATING
     if floating:
@@ -94,20 +96,26 @@ def check_logits(logits: Any, num_rows: int | None, num_branches: int) -> None:
     wanted = f"[{'N' if num_rows is None else num_rows}, {num_branches}]"
     if floating:
         raise ValueError(
-            f"the gate must return logits of shape {wanted}, one column per branch; got "
+            f"{gate} must return logits of shape {wanted}, one column per branch; got "
             f"{list(logits.shape)}"
         )
     got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-    raise TypeError(f"the gate must return floating logits {wanted}; got {got}")
+    raise TypeError(f"{gate} must return floating logits {wanted}; got {got}")
 
 
-def check_faults(logits: Tensor, header: list[int]) -> None:
-    """Raises ValueError for the first row of `logits` without a defined softmax."""
+def check_faults(
+    logits: Tensor, header: list[int], gate: str = "the gate", samples: Tensor | None = None
+) -> None:
+    """Raises ValueError for the first row of `logits` without a defined softmax.
+
+    `samples[row]` is the row of the batch that the logits are for; None: the same.
+    """
     faults, row = header[-2:]
     if faults:
+        sample = row if samples is None else int(samples[row])
         raise ValueError(
-            f"the gate's logits must have a finite maximum and no nan; got "
-            f"{logits[row].tolist()} in row {row} ({faults} such rows in all)"
+            f"{gate}'s logits must have a finite maximum and no nan; got "
+            f"{logits[row].tolist()} in row {sample} ({faults} such rows in all)"
         )
 
 

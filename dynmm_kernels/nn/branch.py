@@ -136,5 +136,14 @@ class Branch(nn.Module):
                 norm.track_running_stats = True
 
 
+def as_branch(module: nn.Module, name: str) -> Branch:
+    """A named branch; a Branch without a name is not marked by the fusion that uses it."""
+    if not isinstance(module, Branch):
+        return Branch(module, name=name)
+    if module.name is not None:
+        return module
+    return Branch(module.module, module.inputs, name, module.cost)
+
+
 def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]

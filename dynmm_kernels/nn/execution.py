@@ -32,7 +32,7 @@ def run_everywhere(
     outputs = [branch.call(branch.arguments(batch).whole(num_rows)) for branch in branches]
     rows_run = (num_rows,) * len(outputs)
     columns, spec = F.check_outputs(outputs, rows_run, [branch.label for branch in branches])
-    return tree.unflatten([_blend(column, weights, soft) for column in columns], spec), rows_run
+    return tree.unflatten([blend(column, weights, soft) for column in columns], spec), rows_run
 
 
 def run_routed(
@@ -206,7 +206,7 @@ def _touch_starved(
             return
 
 
-def _blend(column: Sequence[Any], weights: Tensor, soft: bool) -> Any:
+def blend(column: Sequence[Any], weights: Tensor, soft: bool) -> Any:
     """sum_b weights[:, b] * column[b], in the widest dtype of the branches."""
     first = column[0]
     if not isinstance(first, Tensor):

@@ -11,21 +11,15 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..plan import RoutingPlan
 from .arguments import Arguments
-from .branch import Branch
+from .branch import Branch, as_branch
 from .execution import Learning, run_everywhere, run_routed
 from .flat import run_flat
-from .gates import gumbel_like, one_hot, straight_through
+from .gates import forced, gumbel_like, one_hot, straight_through
 from .routing import Routing
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "execution": ("auto", "dense", "masked", "routed"),
-    "gate_grad": ("straight_through", "selected", "none"),
-    "noise": (None, "gumbel"),
-    "batch_norm": ("masked", "subset"),
-}
+from .settings import Settings
 
 
-class RoutedFusion(nn.Module):
+class RoutedFusion(Settings):
     """Runs, for every sample, the branch its gate chooses, and only that (DynMM, eq. 1-3).
 
     Args:
@@ -57,31 +51,15 @@ class RoutedFusion(nn.Module):
         noise: str | None = None,
         batch_norm: str = "masked",
     ) -> None:
-        super().__init__()
+        super().__init__(execution, gate_grad, temperature, noise, batch_norm)
         named = branches.items() if isinstance(branches, Mapping) else enumerate(branches)
-        self.gate = _as_branch(gate, "gate")
-        self.branches = nn.ModuleList(_as_branch(module, str(name)) for name, module in named)
+        self.gate = as_branch(gate, "gate")
+        self.branches = nn.ModuleList(as_branch(module, str(name)) for name, module in named)
         names = [branch.name for branch in self.branches]
         if not names:
             raise ValueError("RoutedFusion: branches is empty; give at least one module")
         if len(set(names)) < len(names):
             raise ValueError(f"RoutedFusion: branch names must differ; got {names}")
-        self.execution = execution
-        self.gate_grad = gate_grad
-        self.temperature = temperature
-        self.noise = noise
-        self.batch_norm = batch_norm
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHOICES and value not in _CHOICES[name]:
-            wanted = ", ".join(map(repr, _CHOICES[name]))
-            raise ValueError(f"RoutedFusion: {name} must be one of {wanted}; got {value!r}")
-        if name == "temperature" and not (isinstance(value, (int, float)) and value > 0):
-            raise ValueError(f"RoutedFusion: temperature must be a positive number; got {value!r}")
-        super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"
 
     def forward(
         self,
@@ -122,7 +100,8 @@ class RoutedFusion(nn.Module):
                 gate_cost = self.gate.cost or 0.0
                 learning = Learning(self.gate_grad, probs, choice) if learns else None
         else:
-            choice = self._forced(choice, batch, len(branches))
+            device = batch.tensors()[0].device if batch.num_rows is not None else None
+            choice = forced(choice, "choice", len(branches), batch.num_rows, device)
             plan = F.route(choice, len(branches))
 
         if dense and probs is not None:
@@ -163,25 +142,6 @@ class RoutedFusion(nn.Module):
         F.check_faults(logits, plan.host_header)
         return choice, plan
 
-    def _forced(self, choice: int | Tensor, batch: Arguments, num_branches: int) -> Tensor:
-        """A forced choice as int64 [N]."""
-        num_rows = batch.num_rows
-        if isinstance(choice, int) and not isinstance(choice, bool):
-            if not 0 <= choice < num_branches:
-                raise ValueError(
-                    f"choice must be in 0..{num_branches - 1} (or a LongTensor [N]); got {choice}"
-                )
-            if num_rows is None:
-                raise ValueError("choice: the inputs hold no tensor, so give a LongTensor [N]")
-            return torch.full((num_rows,), choice, device=batch.tensors()[0].device)
-        if not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
-            got = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
-            raise TypeError(f"choice must be an int or a LongTensor [N]; got {got}")
-        if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
-            size = "N" if num_rows is None else num_rows
-            raise ValueError(f"choice must have shape [{size}]; got {list(choice.shape)}")
-        return choice.long()
-
 
 def _hard_weights(
     choice: Tensor, probs: Tensor | None, learning: Learning | None, num_branches: int
@@ -194,12 +154,3 @@ def _hard_weights(
     if learning.mode == "selected":
         return torch.where(weights.detach() == 0, 0, weights)
     return weights
-
-
-def _as_branch(module: nn.Module, name: str) -> Branch:
-    """A named branch; a Branch without a name is not marked by the fusion that uses it."""
-    if not isinstance(module, Branch):
-        return Branch(module, name=name)
-    if module.name is not None:
-        return module
-    return Branch(module.module, module.inputs, name, module.cost)

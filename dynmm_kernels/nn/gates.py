@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,32 @@ def straight_through(choice: Tensor, probs: Tensor) -> Tensor:
     onehot - stopgrad(p) + p evaluates to exactly 0 and 1 in this order of operations.
     """
     return one_hot(choice, probs.shape[1], probs.dtype) - probs.detach() + probs
+
+
+def forced(
+    choice: Any, name: str, num_choices: int, num_rows: int | None, device: torch.device | None
+) -> Tensor:
+    """A forced decision, called `name` in messages, as int64 [N]; values of a tensor unchecked.
+
+    Args:
+        choice: an int in 0..num_choices-1, the same for all samples; or an integer tensor [N].
+        num_rows: N; None where the inputs do not tell.
+
+    Raises:
+        ValueError: out of range, or another shape. TypeError: anything else.
+    """
+    if isinstance(choice, int) and not isinstance(choice, bool):
+        if not 0 <= choice < num_choices:
+            raise ValueError(
+                f"{name} must be in 0..{num_choices - 1} (or a LongTensor [N]); got {choice}"
+            )
+        if num_rows is None:
+            raise ValueError(f"{name}: the inputs hold no tensor, so give a LongTensor [N]")
+        return torch.full((num_rows,), choice, device=device)
+    if not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
+        got = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
+        raise TypeError(f"{name} must be an int or a LongTensor [N]; got {got}")
+    if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
+        size = "N" if num_rows is None else num_rows
+        raise ValueError(f"{name} must have shape [{size}]; got {list(choice.shape)}")
+    return choice.long()

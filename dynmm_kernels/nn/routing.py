@@ -75,3 +75,62 @@ class Routing:
             return None
         total = sum(rows * cost for rows, cost in zip(self.rows_run, self.costs, strict=True))
         return total / max(1, self.num_rows) + self.gate_cost
+
+
+@dataclass(frozen=True, eq=False)
+class DepthRouting(Routing):
+    """The decision behind one output of `NestedFusion` or `ChainedFusion`: a depth in 0..L.
+
+    As in `Routing`, with the depths for branches, and:
+
+    Attributes:
+        choice: int64 [N], the depth of each sample: the number of stages it was fused in (in a
+            chain: the number of cells it came through, static ones too).
+        plan: sorted by depth, the deepest first: branch i of the plan is depth L - i.
+        rows_run: [1 + L]: rows of the main stream, then rows that each auxiliary stage processed;
+            with the exact straight-through gradient also those it processed without a graph.
+        costs: [1 + L], cost per sample of each depth: of all main stages, and of the auxiliary
+            stages and fusions up to there. None unless every auxiliary stage is a `Branch` with a
+            cost; main stages and fusions without one count as free.
+        gate_cost: of a chain: of the gates that ran, on the rows they ran on.
+        keep: float [N, L], only of a chain: the weight of each cell's fusion, with its gradient.
+    """
+
+    keep: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """[N, 1 + L]: how much each sample is of each depth, with its gradient."""
+        if self.keep is None:
+            return super().weights
+        reached = torch.nn.functional.pad(self.keep, (1, 0), value=1.0)
+        return reached - torch.nn.functional.pad(self.keep, (0, 1))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each depth 0..L; in dense execution all go to the end."""
+        if self.plan is None:
+            return (*(0,) * (len(self.rows_run) - 1), self.num_rows)
+        return self.plan.counts[::-1]
+
+    @property
+    def expected_cost(self) -> Tensor | None:
+        """Mean over samples of probs . costs plus the gate's cost: a differentiable scalar.
+
+        In a chain the weights stand for the probabilities: a cell that a sample never came to
+        has none.
+        """
+        if self.costs is None or self.keep is None:
+            return super().expected_cost
+        return (self.weights @ self.keep.new_tensor(self.costs)).mean() + self.gate_cost
+
+    @property
+    def executed_cost(self) -> float | None:
+        """Cost per sample of what really ran in the forward pass, the gates included."""
+        if self.costs is None:
+            return None
+        total, before = 0.0, 0.0
+        for rows, cost in zip(self.rows_run, self.costs, strict=True):
+            total += rows * (cost - before)
+            before = cost
+        return total / max(1, self.num_rows) + self.gate_cost

@@ -1,0 +1,299 @@
+"""Two streams whose samples are sorted so that those that still fuse always come first.
+
+A stage then works on prefixes: nothing is gathered between stages, and nothing is put back before
+somebody reads it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from .. import levels
+from ..plan import RoutingPlan
+from .branch import Branch
+from .execution import apart
+
+
+class Stage(Branch):
+    """A part of a stack: tensors [n, ...] in, one tensor [n, ...] out."""
+
+    @property
+    def label(self) -> str:
+        return str(self.name)
+
+    def run(self, *tensors: Tensor) -> Tensor:
+        """The module's output for tensors of n rows, checked to be a tensor of n rows."""
+        output = self.call(tensors)
+        rows = tensors[0].shape[0]
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{self.label} must return a tensor; got {type(output).__name__}")
+        if output.ndim == 0 or output.shape[0] != rows:
+            raise ValueError(
+                f"{self.label} must return {rows} rows, one per sample it received; got shape "
+                f"{list(output.shape)}"
+            )
+        return output
+
+
+class Cell(NamedTuple):
+    """One step of both streams.
+
+    `fuses`: the fusion is in use. `reads`: so is the auxiliary stage, here or by a later cell.
+    """
+
+    main: Stage
+    aux: Stage
+    fusion: Stage
+    fuses: bool = True
+    reads: bool = True
+
+    def couples_samples(self) -> bool:
+        """Whether samples that fuse depend on which others do: train-mode BatchNorm."""
+        return (self.reads and self.aux.couples_samples()) or (
+            self.fuses and self.fusion.couples_samples()
+        )
+
+    def fuse(self, main: Tensor, aux: Tensor) -> Tensor:
+        """The fused rows, checked to be like those of the main stream."""
+        fused = self.fusion.run(main, aux)
+        if fused.shape != main.shape:
+            raise ValueError(
+                f"{self.fusion.label} must return the shape of what {self.main.label} returns, "
+                f"{list(main.shape)}; got {list(fused.shape)}"
+            )
+        if fused.dtype != main.dtype and not torch.is_autocast_enabled(main.device.type):
+            raise TypeError(
+                f"{self.fusion.label} must return the dtype of what {self.main.label} returns, "
+                f"{main.dtype}; got {fused.dtype}"
+            )
+        return fused
+
+    def starved(self) -> list[Tensor]:
+        """Parameters that no sample reaches."""
+        unused: list[Tensor] = []
+        if self.reads:
+            unused += self.aux.parameters()
+        if self.fuses:
+            unused += self.fusion.parameters()
+        return unused
+
+
+class Prefix:
+    """Both streams between two cells, N samples in slots.
+
+    Attributes:
+        main: [N, ...].
+        aux: [n, ...], the samples that still fuse; None where n is 0.
+        rest: [r, ...], samples n..n+r: the exact gradient of the gate asks what fusing them would
+            have given. Without a graph. None where r is 0.
+        plan: which sample is in which slot; None: as in the batch.
+    """
+
+    def __init__(self, inputs: tuple[Tensor, Tensor]) -> None:
+        self.inputs = inputs
+        self.main = inputs[0]
+        self.aux: Tensor | None = inputs[1]
+        self.rest: Tensor | None = None
+        self.plan: RoutingPlan | None = None
+        self.starved: list[Tensor] = []
+        self.rows_run: list[int] = [self.main.shape[0]]
+
+    @property
+    def active(self) -> int:
+        """n."""
+        return 0 if self.aux is None else self.aux.shape[0]
+
+    @property
+    def following(self) -> int:
+        """r."""
+        return 0 if self.rest is None else self.rest.shape[0]
+
+    def sort_by_depth(
+        self, plan: RoutingPlan, count: int, follow: bool, probs: Tensor | None
+    ) -> Tensor | None:
+        """Sorts the batch once for all cells, `count` samples fuse; `probs` by slots.
+
+        Everything moves in one call; nothing does where all samples have one depth.
+        """
+        main, aux = self.inputs
+        size = main.shape[0]
+        if max(plan.counts) == size:
+            self.narrow(count, follow)
+            return probs
+        self.plan = plan
+        sources, starts, stops = [main, aux], [0, 0], [size, count]
+        if follow and count < size:
+            sources, starts, stops = [*sources, aux.detach()], [*starts, count], [*stops, size]
+        if probs is not None:
+            sources, starts, stops = [*sources, probs], [*starts, 0], [*stops, size]
+        moved = levels.gather_slots(plan, sources, range(len(sources)), starts, stops)
+        self.main, self.aux = moved[:2]
+        if follow and count < size:
+            self.rest = moved[2]
+        return None if probs is None else moved[-1]
+
+    def narrow(self, count: int, follow: bool) -> None:
+        """Only the first `count` samples go on; the others follow without a graph if they must."""
+        aux = self.aux
+        if aux is None or count == aux.shape[0]:
+            return
+        if follow:
+            stopped = aux.detach()[count:]
+            self.rest = stopped if self.rest is None else torch.cat([stopped, self.rest])
+        self._go_on(aux, count)
+
+    def sort(self, plan: RoutingPlan, keep: Tensor | None) -> Tensor | None:
+        """Sorts the first n + r samples by a plan of three branches; `keep` by the new slots.
+
+        Those of branch 0 fuse, all from among the first n; those of branch 1 follow; those of
+        branch 2 are through.
+        """
+        seen = plan.num_rows
+        count, stop = plan.starts[1:3]
+        if (count, stop) == (self.active, seen):
+            return keep
+        both = [part for part in (self.aux, self.rest) if part is not None]
+        aux = both[0] if len(both) == 1 else torch.cat(both)
+        if max(plan.counts) < seen:
+            sources = [self.main[:seen], aux, aux.detach()]
+            starts, stops = [0, 0, count], [seen, count, stop]
+            if keep is not None:
+                sources, starts, stops = [*sources, keep[:seen]], [*starts, 0], [*stops, seen]
+            used = [i for i in range(len(sources)) if starts[i] < stops[i]]
+            moved = levels.gather_slots(
+                plan, sources, used, [starts[i] for i in used], [stops[i] for i in used]
+            )
+            by_source = dict(zip(used, moved, strict=True))
+            self._order(plan)
+            self.main = _replace(self.main, by_source[0])
+            keep = None if keep is None else _replace(keep, by_source[3])
+            if count == 0:
+                self._go_on(aux, 0)
+            self.aux, self.rest = by_source.get(1), by_source.get(2)
+            return keep
+        self.rest = aux.detach()[count:stop] if count < stop else None
+        self._go_on(aux, count)
+        return keep
+
+    def _order(self, plan: RoutingPlan) -> None:
+        order = plan.order
+        if self.plan is not None:
+            before = self.plan.order
+            order = _replace(before, before.index_select(0, order))
+        self.plan = levels.permutation(order)
+
+    def _go_on(self, aux: Tensor, count: int) -> None:
+        if count == 0:
+            self.starved.append(aux)
+        self.aux = aux[:count] if count else None
+
+    def step(self, cell: Cell, weights: Tensor | None = None, exact: bool = False) -> None:
+        """Runs one cell: the main stage on all samples, the others on those that fuse.
+
+        Args:
+            weights: [N, 2], of skipping and of fusing, where the gate learns from this cell.
+            exact: whether weights that are 0 learn, too.
+        """
+        main = cell.main.run(self.main)
+        self.main = main  # frees what the stage read
+        self.rows_run.append(self.active + self.following if cell.reads else 0)
+        rest = self._follow(cell, main)
+        if self.aux is None:
+            self.starved += cell.starved()
+        elif cell.reads:
+            self.aux = cell.aux.run(self.aux)
+        if not cell.fuses:
+            return
+        head, tail = _split(main, self.active)
+        fused = None
+        if self.aux is not None and head is not None:
+            fused = cell.fuse(head, self.aux)
+        if weights is not None:
+            self.main = levels.fuse_prefix(head, tail, fused, rest, weights, exact)
+        elif fused is not None:
+            self.main = fused if tail is None else self._join(cell, main, fused, tail)
+
+    def _follow(self, cell: Cell, main: Tensor) -> Tensor | None:
+        """What the cell would make of the rest: forward only, for its gradient is zero."""
+        if self.rest is None or not cell.reads:
+            return None
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(cell.aux.frozen_statistics())
+            stack.enter_context(cell.fusion.frozen_statistics())
+            self.rest = cell.aux.run(self.rest)
+            if not cell.fuses:
+                return None
+            return cell.fuse(main.detach()[self.active : self.active + self.following], self.rest)
+
+    def _join(self, cell: Cell, main: Tensor, fused: Tensor, tail: Tensor) -> Tensor:
+        """`fused` in place of the first rows of `main`: in its memory, where nobody else reads it.
+
+        Without a graph the output of a main stage is only ours, unless it lies in the memory of a
+        parameter, a buffer, an input or the auxiliary stream.
+        """
+        graph = torch.is_grad_enabled() and (main.requires_grad or fused.requires_grad)
+        if graph or fused.dtype != main.dtype or not _dense(main):
+            return torch.cat([fused, tail])
+        memory = main.untyped_storage().data_ptr()
+        others = [*self.inputs, self.aux, *cell.main.parameters(), *cell.main.buffers()]
+        for other in others:
+            if other is not None and other.untyped_storage().data_ptr() == memory:
+                return torch.cat([fused, tail])
+        main[: fused.shape[0]].copy_(fused)
+        return main
+
+    def read(self) -> Tensor:
+        """The main stream in sample order, in memory of its own."""
+        output = self.main
+        output = apart(output, self.inputs) if self.plan is None else self.restore(output)
+        wanting = [tensor for tensor in self.starved if tensor.requires_grad]
+        if wanting and output.is_floating_point() and torch.is_grad_enabled():
+            output = F.touch(output, wanting)  # exact zeros, as when masked, instead of None
+        return output
+
+    def restore(self, slots: Tensor) -> Tensor:
+        """A tensor by slots [N, ...] in sample order."""
+        return slots if self.plan is None else F.combine_rows(self.plan, [slots], [0])
+
+
+def make_stages(modules: list[nn.Module], kind: str) -> nn.ModuleList:
+    """Each module as a `Stage` called "`kind` k", counting from 1; a Branch keeps name and cost."""
+    stages = nn.ModuleList()
+    for k, module in enumerate(modules, start=1):
+        name, cost = f"{kind} {k}", None
+        if isinstance(module, Branch):
+            if module.inputs is not None:
+                raise ValueError(
+                    f"{name}: a stage reads what the stage before it returns; got a Branch with "
+                    f"inputs={module.inputs!r}"
+                )
+            name, cost, module = module.name or name, module.cost, module.module
+        stages.append(Stage(module, name=name, cost=cost))
+    return stages
+
+
+def _split(rows: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """The first `count` rows and the others; in the graph one node with one gradient."""
+    if count == rows.shape[0]:
+        return rows, None
+    if count == 0:
+        return None, rows
+    head, tail = rows.split([count, rows.shape[0] - count])
+    return head, tail
+
+
+def _replace(rows: Tensor, first: Tensor) -> Tensor:
+    """`rows` with `first` for its first rows."""
+    return first if len(first) == len(rows) else torch.cat([first, rows[len(first) :]])
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether every element has memory of its own, in a common format."""
+    if tensor.is_contiguous():
+        return True
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)

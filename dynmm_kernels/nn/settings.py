@@ -1,0 +1,45 @@
+"""The settings that every fusion has, checked whenever they change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "execution": ("auto", "dense", "masked", "routed"),
+    "gate_grad": ("straight_through", "selected", "none"),
+    "noise": (None, "gumbel"),
+    "batch_norm": ("masked", "subset"),
+}
+
+
+class Settings(nn.Module):
+    """How a fusion decides, runs and learns; apart from parameters and state_dict."""
+
+    def __init__(
+        self,
+        execution: str,
+        gate_grad: str,
+        temperature: float,
+        noise: str | None,
+        batch_norm: str,
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.gate_grad = gate_grad
+        self.temperature = temperature
+        self.noise = noise
+        self.batch_norm = batch_norm
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        label = type(self).__name__
+        if name in _CHOICES and value not in _CHOICES[name]:
+            wanted = ", ".join(map(repr, _CHOICES[name]))
+            raise ValueError(f"{label}: {name} must be one of {wanted}; got {value!r}")
+        if name == "temperature" and not (isinstance(value, (int, float)) and value > 0):
+            raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"
