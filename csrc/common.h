@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -19,16 +20,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Strides = std::vector<int64_t>;
 
+// torch's own macro for this was renamed between 2.10 and 2.13.
+inline void check(AOTITorchError code) {
+  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error("dynmm_kernels: a call to torch failed");
+}
+
 // Uninitialised, on the device of `like`. The C shim allocates without a trip through the
 // dispatcher, which matters when a whole batch takes tens of microseconds.
 inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes,
                             const int64_t* strides, ScalarType dtype) {
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  check(aoti_torch_get_device_type(like.get(), &device_type));
+  check(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  check(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype), device_type,
+                                 device_index, &handle));
   return Tensor(handle);
 }
 

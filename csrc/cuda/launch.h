@@ -17,14 +17,14 @@ class OnDeviceOf {
 
   cudaStream_t stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    check(aoti_torch_get_current_cuda_stream(device_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
 
  private:
   static int32_t index_of(const Tensor& t) {
     int32_t index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+    check(aoti_torch_get_device_index(t.get(), &index));
     return index;
   }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels
 from .branch import Branch, as_branch
+from .execution import without_graph
 from .gates import straight_through
 from .prefix import Cell, Prefix
 from .stack import Run, StackFusion, hide_unselected
@@ -160,7 +161,7 @@ class ChainedFusion(StackFusion):
             learns = self._learns(logits)
             asked.append(logits.detach())
         if prefix.rest is not None:
-            with torch.no_grad(), gate.frozen_statistics():
+            with without_graph(), gate.frozen_statistics():
                 main = prefix.main.detach()[active:seen]
                 asked.append(self._ask(gate, main, prefix.rest, 2, generator))
         if not asked:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -129,10 +129,26 @@ def _run_rest(
     """Forward only: the gradient of these outputs is zero."""
     complement = F.route_complement(plan, learning.choice)
     rest = [b for b, count in enumerate(complement.counts) if count]
-    with torch.no_grad(), ExitStack() as stack:
+    with without_graph(), ExitStack() as stack:
         for b in rest:
             stack.enter_context(branches[b].frozen_statistics())
         return Rest(rest, _run_rows(branches, batch, complement, rest, whole), complement)
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """torch.no_grad for modules that run again with a graph.
+
+    In torch 2.10 autocast hands the weights it cast here, without a graph, to the later run,
+    whose parameters then get no gradient; so it must not keep them.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
 
 
 def _learn(

@@ -16,7 +16,7 @@ from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
 from .branch import Branch
-from .execution import apart
+from .execution import apart, without_graph
 
 
 class Stage(Branch):
@@ -222,7 +222,7 @@ class Prefix:
         """What the cell would make of the rest: forward only, for its gradient is zero."""
         if self.rest is None or not cell.reads:
             return None
-        with torch.no_grad(), ExitStack() as stack:
+        with without_graph(), ExitStack() as stack:
             stack.enter_context(cell.aux.frozen_statistics())
             stack.enter_context(cell.fusion.frozen_statistics())
             self.rest = cell.aux.run(self.rest)

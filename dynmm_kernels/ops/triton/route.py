@@ -57,20 +57,24 @@ def scan_tiles(counts, totals, faults, header, branches, tiles, BLOCK: tl.conste
     if b < branches:
         row = counts + b.to(tl.int64) * tiles
         before = 0
-        for at in range(0, tiles, BLOCK):
+        at = 0
+        while at < tiles:
             t = at + tl.arange(0, BLOCK)
             count = tl.load(row + t, mask=t < tiles, other=0)
             tl.store(row + t, before + tl.cumsum(count, 0) - count, mask=t < tiles)
             before += tl.sum(count)
+            at += BLOCK
         tl.store(totals + b, before)
     else:
         number = 0
         first = _NO_ENTRY
-        for at in range(0, tiles, BLOCK):
+        at = 0
+        while at < tiles:
             t = at + tl.arange(0, BLOCK)
             number += tl.sum(tl.load(faults + t, mask=t < tiles, other=0))
             own = tl.load(faults + tiles + t, mask=t < tiles, other=_NO_ENTRY)
             first = tl.minimum(first, tl.min(own))
+            at += BLOCK
         tl.store(header + branches + 1, number)
         tl.store(header + branches + 2, tl.where(number > 0, first, -1))
 

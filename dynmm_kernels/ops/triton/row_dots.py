@@ -33,12 +33,14 @@ def dot_entries(
     row = tl.arange(0, 1)
     slot = tl.load(inverse + entry + row)
     total = tl.zeros((1, BLOCK), dtype=SUM)
-    for at in range(0, units, BLOCK):
+    at = 0
+    while at < units:
         c = at + tl.arange(0, BLOCK).to(tl.int64)
         inside = (row == 0)[:, None] & (c < units)[None, :]
         own = tl.load(left + entry // ranks * left_stride + c, mask=c < units, other=0)
         other, _ = load_slot(outputs, starts, stops, strides, slot, c, inside, SUM)
         total += own.to(SUM)[None, :] * other
+        at += BLOCK
     tl.store(dots + entry + row, tl.sum(total, axis=1))
 
 
