@@ -1,7 +1,7 @@
-"""The ops in Triton, with the signatures and results of the reference.
+"""The ops as Triton kernels: the same results as the reference, for any GPU that Triton serves.
 
-Imported when a Triton kernel is first called, never before. Launches name their configuration
-(configs.py); nothing is tuned at run time, so the same call is the same kernel every time.
+Importing this package imports triton, so that only the first call of a Triton op does. Kernels loop
+with `while`: Triton 3.6 cannot interpret a `range` over arguments with NumPy 2.4.
 """
 
 from .combine_rows import combine_rows

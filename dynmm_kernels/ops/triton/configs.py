@@ -1,4 +1,8 @@
-"""Block sizes and warps of every launch."""
+"""Tile sizes: explicit tables instead of autotuning, so that every run takes the same kernels.
+
+A tile is rows x units; a unit is 1 to 8 bytes of a row that moves, or one number of a row that is
+computed with. Each table has one tile per class of row length, the last for all longer rows.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,24 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """What one program covers of rows laid out as units."""
-
     rows: int
     units: int
-    warps: int = 4
+    num_warps: int
 
 
-# Narrow rows share a program, wide rows are split over several: the first tile that holds a row.
-TILES = (Tile(128, 8), Tile(16, 64), Tile(1, 1024))
+MOVE = (Tile(128, 8, 4), Tile(32, 64, 4), Tile(4, 512, 4), Tile(1, 2048, 4))
+SUM = (Tile(128, 8, 4), Tile(16, 64, 4), Tile(2, 512, 4), Tile(1, 1024, 4))
+DOT = (Tile(64, 16, 4), Tile(8, 128, 4), Tile(1, 1024, 4))
+ARGMAX = (Tile(128, 8, 4), Tile(16, 64, 4))
 
-ROUTE_TILE = 128  # entries per program; ranks compare them pairwise
-SCAN_BLOCK = 1024  # tiles per step of the scan over tiles
-LOGITS_PER_PROGRAM = 2048
-DOT_BLOCK = 1024
+ROUTE_ENTRIES = 128  # per program; the programs of a later launch read one count per branch of each
+ROUTE_BRANCHES = 32  # compared with a tile of entries at a time
+ROUTE_SCAN = 1024  # tiles summed at a time
+ROUTE_WARPS = 8
 
-# Fused multiply-add rounds once where the reference rounds twice.
-EXACT = {"enable_fp_fusion": False}
-
-MOST_OUTPUTS = 16  # pointers one launch is given; more outputs are joined first
+MAX_OUTPUTS = 16  # tensors that one kernel reads; more are concatenated first
 
 
-def tile_for(units: int) -> Tile:
-    return next((tile for tile in TILES if tile.units >= units), TILES[-1])
+def tile_for(table: tuple[Tile, ...], units: int) -> Tile:
+    """The first tile that holds a row of `units`, or the last."""
+    return next((tile for tile in table if tile.units >= units), table[-1])

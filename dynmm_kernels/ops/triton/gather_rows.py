@@ -1,4 +1,7 @@
-"""gather_rows: out_i[s] = sources[i][order[starts[i] + s] // ranks]; one launch per range."""
+"""gather_rows: out_i[s] = sources[i][e // ranks] (times weights.flat[e]), e = order[starts[i] + s].
+
+One launch per source and range. What is not weighted moves as bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,34 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .configs import EXACT, tile_for
-from .layout import (
-    accumulator,
-    as_bytes,
-    as_values,
-    byte_width,
-    in_layout_of,
-    row_bytes,
-    value_size,
-)
+from .configs import MOVE, SUM, tile_for
+from .launch import launch
+from .rows import laid_out_as, number_type, stride_in, tile, units_in, widest_unit
 
 
-@triton.jit
-def gather_units(
+@triton.jit(do_not_specialize=["first", "count"])
+def gather_tile(
     source,
     out,
-    entries,
+    order,
     weights,
-    rows,
-    units,
-    stride,
+    first,
+    count,
     ranks,
+    stride,
+    units,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
-    SCALED: tl.constexpr,
-    SUM: tl.constexpr,
 ):
-    """A tile of one range; `stride` and `units` count units of the source's type."""
-    column_tiles = tl.cdiv(units, UNITS)
-    tile = tl.program_id(0)
-    r = (tile // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = (tile % column_tiles).to(tl.int64) * UNITS + tl.arange(0, UNITS)
-    entry = tl.load(entries + r, mask=r < rows, other=0)
-    inside = (r < rows)[:, None] & (c < units)[None, :]
-    row = (entry // ranks).to(tl.int64)
-    value = tl.load(source + row[:, None] * stride + c[None, :], mask=inside)
-    if SCALED:
-        weight = tl.load(weights + entry, mask=r < rows, other=0)
-        value = (value.to(SUM) * weight[:, None]).to(out.dtype.element_ty)
-    tl.store(out + r[:, None] * units + c[None, :], value, mask=inside)
+    slot, unit = tile(units, ROWS, UNITS)
+    entry = tl.load(order + first + slot, mask=slot < count, other=0)
+    inside = (slot < count)[:, None] & (unit < units)[None, :]
+    row = source + (entry // ranks).to(tl.int64) * stride
+    value = tl.load(row[:, None] + unit[None, :], mask=inside)
+    if weights is not None:
+        weight = tl.load(weights + entry, mask=slot < count)[:, None]
+        value = (value.to(weight.dtype) * weight).to(out.dtype.element_ty)
+    tl.store(out + (slot * units)[:, None] + unit[None, :], value, mask=inside)
 
 
 def gather_rows(
@@ -58,35 +49,33 @@ def gather_rows(
     weights: Tensor | None = None,
 ) -> list[Tensor]:
     order = order.contiguous()
+    weights = None if weights is None else weights.contiguous()
     gathered = []
     for source, start, stop in zip(sources, starts, stops, strict=True):
-        source = in_layout_of(source, source)
         out = reference.empty_rows(source, stop - start)
         gathered.append(out)
         if out.numel() == 0:
             continue
-        if weights is None:
-            width = byte_width([source, out])
-            pointers = as_bytes(source, width), as_bytes(out, width)
-        else:
-            width = value_size(source)
-            pointers = as_values(source), as_values(out)
-        units, stride = row_bytes(out) // width, source.stride(0) * source.element_size() // width
-        tile = tile_for(units)
-        grid = (triton.cdiv(stop - start, tile.rows) * triton.cdiv(units, tile.units),)
-        gather_units[grid](
-            *pointers,
-            order[start:stop],
-            order if weights is None else weights.contiguous(),
+        source = laid_out_as(source, out)
+        weighted = weights is not None
+        unit = number_type(source.dtype) if weighted else widest_unit(source, out)
+        units = units_in(unit, source)
+        size = tile_for(SUM if weighted else MOVE, units)
+        launch(
+            gather_tile,
+            triton.cdiv(stop - start, size.rows) * triton.cdiv(units, size.units),
+            order,
+            triton.reinterpret(source, unit),
+            triton.reinterpret(out, unit),
+            order,
+            weights,
+            start,
             stop - start,
-            units,
-            stride,
             ranks,
-            ROWS=tile.rows,
-            UNITS=tile.units,
-            SCALED=weights is not None,
-            SUM=accumulator(source.dtype),
-            num_warps=tile.warps,
-            **EXACT,
+            stride_in(unit, source),
+            units,
+            ROWS=size.rows,
+            UNITS=size.units,
+            num_warps=size.num_warps,
         )
     return gathered

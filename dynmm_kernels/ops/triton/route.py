@@ -1,6 +1,7 @@
-"""route: a stable counting sort in three launches, without atomics and without the host.
+"""route: a stable counting sort of the entries by branch, in three launches without atomics.
 
-Tiles of entries are counted, the counts scanned over tiles, the entries placed. counts: [B, tiles].
+Count the branches of each tile of entries, sum the counts over the tiles, then let each tile write
+its entries; the rank of an entry within its tile comes from comparing it with those before it.
 """
 
 from __future__ import annotations
@@ -10,180 +11,198 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import EXACT, LOGITS_PER_PROGRAM, ROUTE_TILE, SCAN_BLOCK
+from .configs import (
+    ARGMAX,
+    ROUTE_BRANCHES,
+    ROUTE_ENTRIES,
+    ROUTE_SCAN,
+    ROUTE_WARPS,
+    tile_for,
+)
+from .launch import launch
 
-_NO_ENTRY = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def branch_of(selection, e, entries, branches, MASK: tl.constexpr):
-    """int32: 0..B-1, B for no branch (and past the end), B + 1 for a value that names none."""
-    if MASK:
-        taken = tl.load(selection + e, mask=e < entries, other=0) != 0
-        return tl.where(taken, e % branches, branches)
-    choice = tl.load(selection + e, mask=e < entries, other=-1).to(tl.int64)
-    faulty = (choice < -1) | (choice >= branches)
-    known = tl.where(choice == -1, branches, tl.where(faulty, branches + 1, choice))
-    return known.to(tl.int32)
+FAULTY = tl.constexpr(-2)
+NEVER = tl.constexpr(2**31 - 1)  # greater than every entry
 
 
 @triton.jit
-def count_tiles(
+def branch_of(selection, entry, entries, num_branches):
+    """The branch of each entry, -1 for none, FAULTY where there is no such branch."""
+    value = tl.load(selection + entry, mask=entry < entries, other=0)
+    if selection.dtype.element_ty == tl.int1:
+        branch = tl.where(value, entry % num_branches, -1)
+    else:
+        value = value.to(tl.int64)
+        branch = tl.where((value >= -1) & (value < num_branches), value, FAULTY).to(tl.int32)
+    return tl.where(entry < entries, branch, -1)
+
+
+@triton.jit(do_not_specialize=["entries", "tiles"])
+def count_tile(
     selection,
     counts,
     faults,
     entries,
-    branches,
     tiles,
-    MASK: tl.constexpr,
+    num_branches,
     TILE: tl.constexpr,
-    BINS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """counts[b, tile]; faults[0, tile]: how many, faults[1, tile]: the first."""
+    """counts[b, tile]: entries of branch b. faults[:, tile]: how many, and the first."""
     tile = tl.program_id(0)
-    e = tile * TILE + tl.arange(0, TILE)
-    branch = branch_of(selection, e, entries, branches, MASK)
-    b = tl.arange(0, BINS)
-    tl.store(counts + b.to(tl.int64) * tiles + tile, tl.histogram(branch, BINS), mask=b < branches)
-    faulty = branch == branches + 1
-    tl.store(faults + tile, tl.sum(faulty.to(tl.int32)))
-    tl.store(faults + tiles + tile, tl.min(tl.where(faulty, e, _NO_ENTRY)))
+    entry = tile * TILE + tl.arange(0, TILE)
+    branch = branch_of(selection, entry, entries, num_branches)
+    first = 0
+    while first < num_branches:
+        column = first + tl.arange(0, COLUMNS)
+        count = tl.sum((branch[:, None] == column[None, :]).to(tl.int32), 0)
+        at = counts + column.to(tl.int64) * (tiles + 1) + tile
+        tl.store(at, count, mask=column < num_branches)
+        first += COLUMNS
+    faulty = branch == FAULTY
+    tl.store(faults + tile, tl.sum(faulty.to(tl.int32), 0))
+    tl.store(faults + tiles + tile, tl.min(tl.where(faulty, entry, NEVER), 0))
 
 
-@triton.jit
-def scan_tiles(counts, totals, faults, header, branches, tiles, BLOCK: tl.constexpr):
-    """Program b < B: counts[b] becomes its exclusive sum over tiles. Program B: adds the faults."""
-    b = tl.program_id(0)
-    if b < branches:
-        row = counts + b.to(tl.int64) * tiles
-        before = 0
-        at = 0
-        while at < tiles:
-            t = at + tl.arange(0, BLOCK)
-            count = tl.load(row + t, mask=t < tiles, other=0)
-            tl.store(row + t, before + tl.cumsum(count, 0) - count, mask=t < tiles)
-            before += tl.sum(count)
-            at += BLOCK
-        tl.store(totals + b, before)
+@triton.jit(do_not_specialize=["tiles"])
+def scan_tiles(counts, faults, header, tiles, num_branches, SCAN: tl.constexpr):
+    """Program b makes counts[b, t] the sum before t, so that counts[b, tiles] is that of all.
+
+    The last program sums up the faults.
+    """
+    branch = tl.program_id(0)
+    if branch < num_branches:
+        row = counts + branch.to(tl.int64) * (tiles + 1)
+        before = tl.full((), 0, tl.int32)
+        first = 0
+        while first < tiles + 1:
+            tile = first + tl.arange(0, SCAN)
+            count = tl.load(row + tile, mask=tile < tiles, other=0)
+            tl.store(row + tile, before + tl.cumsum(count, 0) - count, mask=tile <= tiles)
+            before += tl.sum(count, 0)
+            first += SCAN
     else:
-        number = 0
-        first = _NO_ENTRY
-        at = 0
-        while at < tiles:
-            t = at + tl.arange(0, BLOCK)
-            number += tl.sum(tl.load(faults + t, mask=t < tiles, other=0))
-            own = tl.load(faults + tiles + t, mask=t < tiles, other=_NO_ENTRY)
-            first = tl.minimum(first, tl.min(own))
-            at += BLOCK
-        tl.store(header + branches + 1, number)
-        tl.store(header + branches + 2, tl.where(number > 0, first, -1))
+        total = tl.full((), 0, tl.int32)
+        earliest = tl.full((), NEVER, tl.int32)
+        first = 0
+        while first < tiles:
+            tile = first + tl.arange(0, SCAN)
+            total += tl.sum(tl.load(faults + tile, mask=tile < tiles, other=0), 0)
+            entry = tl.load(faults + tiles + tile, mask=tile < tiles, other=NEVER)
+            earliest = tl.minimum(earliest, tl.min(entry, 0))
+            first += SCAN
+        tl.store(header + num_branches + 1, total)
+        tl.store(header + num_branches + 2, tl.where(total > 0, earliest, -1))
 
 
-@triton.jit
-def place_tiles(
+@triton.jit(do_not_specialize=["entries", "tiles"])
+def write_tile(
     selection,
     counts,
-    totals,
     order,
     inverse,
     header,
     entries,
-    branches,
     tiles,
-    MASK: tl.constexpr,
+    num_branches,
     TILE: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Every entry's slot: its branch's offset, plus earlier tiles, plus its rank in this tile."""
-    tile = tl.program_id(0)
-    b = tl.arange(0, BINS)
-    total = tl.load(totals + b, mask=b < branches, other=0)
-    offset = tl.cumsum(total, 0) - total
-    end = tl.sum(total)
-    if tile == 0:
-        tl.store(header + b, offset, mask=b < branches)
-        tl.store(header + branches, end)
-    i = tl.arange(0, TILE)
-    e = tile * TILE + i
-    branch = branch_of(selection, e, entries, branches, MASK)
-    taken = branch < branches
-    earlier = (branch[None, :] == branch[:, None]) & (i[None, :] < i[:, None])
-    rank = tl.sum(earlier.to(tl.int32), axis=1)
-    before = tl.load(counts + branch.to(tl.int64) * tiles + tile, mask=taken, other=0)
-    slot = tl.gather(offset, branch, 0) + before + rank
-    tl.store(inverse + e, tl.where(taken, slot, -1), mask=e < entries)
-    tl.store(order + slot, e, mask=taken)
-    tl.store(order + e, -1, mask=(e < entries) & (e >= end))
-
-
-@triton.jit
-def choose_rows(
-    logits,
-    choice,
-    marked,
-    rows,
-    branches,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    """choice[n]: the first of the largest logits, or -1; marked[n]: the same, or -2."""
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b = tl.arange(0, COLUMNS)
-    inside = (n < rows)[:, None] & (b < branches)[None, :]
-    value = tl.load(
-        logits + n[:, None] * branches + b[None, :], mask=inside, other=float("-inf")
-    ).to(WIDE)
-    ordered = tl.sum((value != value).to(tl.int32), axis=1) == 0
-    top = tl.max(tl.where(value == value, value, float("-inf")), axis=1)
-    best = tl.min(tl.where(value == top[:, None], b[None, :], COLUMNS), axis=1)
-    fine = ordered & (top < float("inf")) & (top > float("-inf"))
-    tl.store(choice + n, tl.where(fine, best, -1).to(tl.int64), mask=n < rows)
-    tl.store(marked + n, tl.where(fine, best, -2), mask=n < rows)
+    """Each entry's slot: those of lower branches, of earlier tiles, of earlier entries here."""
+    tile = tl.program_id(0)
+    here = tl.arange(0, TILE)
+    entry = tile * TILE + here
+    branch = branch_of(selection, entry, entries, num_branches)
+    taken = branch >= 0
+    slot = tl.load(counts + branch.to(tl.int64) * (tiles + 1) + tile, mask=taken, other=0)
+    earlier = (branch[:, None] == branch[None, :]) & (here[None, :] < here[:, None])
+    slot += tl.sum(earlier.to(tl.int32), 1)
+    total = tl.full((), 0, tl.int32)
+    first = 0
+    while first < num_branches:
+        column = first + tl.arange(0, COLUMNS)
+        known = column < num_branches
+        size = tl.load(counts + column.to(tl.int64) * (tiles + 1) + tiles, mask=known, other=0)
+        slot += tl.sum(tl.where(column[None, :] < branch[:, None], size[None, :], 0), 1)
+        offset = total + tl.cumsum(size, 0) - size
+        if tile == 0:
+            tl.store(header + column, offset, mask=known)
+        total += tl.sum(size, 0)
+        first += COLUMNS
+    if tile == 0:
+        tl.store(header + num_branches, total)
+    tl.store(order + slot, entry, mask=taken)
+    tl.store(order + entry, -1, mask=(entry >= total) & (entry < entries))
+    tl.store(inverse + entry, tl.where(taken, slot, -1), mask=entry < entries)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def argmax_tile(
+    logits, choice, marker, num_rows, num_branches, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """choice[n]: the first of the largest, -1 where softmax is undefined; marker: FAULTY there."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wide = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    row = logits + n.to(tl.int64) * num_branches
+    top = tl.full([ROWS], float("-inf"), wide)
+    best = tl.zeros([ROWS], tl.int32)
+    undefined = tl.zeros([ROWS], tl.int32)
+    first = 0
+    while first < num_branches:
+        column = first + tl.arange(0, COLUMNS)
+        inside = (n < num_rows)[:, None] & (column < num_branches)[None, :]
+        value = tl.load(row[:, None] + column[None, :], mask=inside, other=float("-inf")).to(wide)
+        nan = value != value
+        undefined += tl.sum(nan.to(tl.int32), 1)
+        value = tl.where(nan, float("-inf"), value)
+        largest = tl.max(value, 1)
+        place = tl.min(tl.where(value == largest[:, None], column[None, :], NEVER), 1)
+        best = tl.where(largest > top, place, best)
+        top = tl.maximum(top, largest)
+        first += COLUMNS
+    defined = (undefined == 0) & (tl.abs(top) < float("inf"))
+    tl.store(choice + n, tl.where(defined, best, -1).to(tl.int64), mask=n < num_rows)
+    tl.store(marker + n, tl.where(defined, best, FAULTY), mask=n < num_rows)
 
 
 def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, ranks = selection.shape if selection.ndim == 2 else (selection.shape[0], 1)
     selection = selection.contiguous()
-    mask = selection.dtype == torch.bool
-    if mask:
-        selection = selection.view(torch.uint8)
-    entries = rows * ranks
+    num_rows, ranks = selection.shape if selection.ndim == 2 else (selection.shape[0], 1)
+    entries = num_rows * ranks
+    tiles = max(1, triton.cdiv(entries, ROUTE_ENTRIES))
     order = selection.new_empty(entries, dtype=torch.int32)
-    inverse = selection.new_empty((rows, ranks), dtype=torch.int32)
+    inverse = selection.new_empty((num_rows, ranks), dtype=torch.int32)
     header = selection.new_empty(num_branches + 3, dtype=torch.int32)
-    tiles = max(triton.cdiv(entries, ROUTE_TILE), 1)
-    counts = header.new_empty(num_branches * tiles)
-    totals, faults = header.new_empty(num_branches), header.new_empty(2 * tiles)
-    bins = max(triton.next_power_of_2(num_branches + 2), 32)
-    shape = {"MASK": mask, "TILE": ROUTE_TILE, "BINS": bins, "num_warps": 4}
-    count_tiles[(tiles,)](selection, counts, faults, entries, num_branches, tiles, **shape)
-    scan_tiles[(num_branches + 1,)](
-        counts, totals, faults, header, num_branches, tiles, BLOCK=SCAN_BLOCK, num_warps=4
+    counts = selection.new_empty((num_branches, tiles + 1), dtype=torch.int32)
+    faults = selection.new_empty((2, tiles), dtype=torch.int32)
+    sizes = (entries, tiles, num_branches)
+    shape = {"TILE": ROUTE_ENTRIES, "COLUMNS": ROUTE_BRANCHES, "num_warps": ROUTE_WARPS}
+    launch(count_tile, tiles, header, selection, counts, faults, *sizes, **shape)
+    scan = {"SCAN": ROUTE_SCAN, "num_warps": ROUTE_WARPS}
+    launch(
+        scan_tiles, num_branches + 1, header, counts, faults, header, tiles, num_branches, **scan
     )
-    place_tiles[(tiles,)](
-        selection, counts, totals, order, inverse, header, entries, num_branches, tiles, **shape
-    )
+    launch(write_tile, tiles, header, selection, counts, order, inverse, header, *sizes, **shape)
     return order, inverse, header
 
 
 def route_argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, branches = logits.shape
-    choice = logits.new_empty(rows, dtype=torch.int64)
-    marked = logits.new_empty(rows, dtype=torch.int32)
-    columns = triton.next_power_of_2(branches)
-    per_program = max(LOGITS_PER_PROGRAM // columns, 1)
-    if rows:
-        choose_rows[(triton.cdiv(rows, per_program),)](
-            logits.contiguous(),
-            choice,
-            marked,
-            rows,
-            branches,
-            ROWS=per_program,
-            COLUMNS=columns,
-            WIDE=tl.float64 if logits.dtype == torch.float64 else tl.float32,
-            num_warps=4,
-            **EXACT,
-        )
-    return choice, *route(marked, branches)
+    logits = logits.contiguous()
+    num_rows, num_branches = logits.shape
+    choice = logits.new_empty(num_rows, dtype=torch.int64)
+    marker = logits.new_empty(num_rows, dtype=torch.int32)
+    size = tile_for(ARGMAX, num_branches)
+    launch(
+        argmax_tile,
+        triton.cdiv(num_rows, size.rows),
+        logits,
+        logits,
+        choice,
+        marker,
+        num_rows,
+        num_branches,
+        ROWS=size.rows,
+        COLUMNS=size.units,
+        num_warps=size.num_warps,
+    )
+    return choice, *route(marker, num_branches)

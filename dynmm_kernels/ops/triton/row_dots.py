@@ -1,70 +1,94 @@
-"""row_dots: dots[n, j] = <rows[n], row(inverse[n, j])> (real part), zero where there is no row."""
+"""row_dots: dots[n, j] = <rows[n], row(inverse[n, j])>, zero where there is no row.
+
+A program keeps partial sums as wide as its tile and adds them at the end, always in the same order.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .combine_rows import load_slot
-from .configs import DOT_BLOCK, EXACT
-from .layout import as_values, in_layout_of, joined, row_bytes, value_size
+from .configs import DOT, tile_for
+from .launch import launch
+from .rows import (
+    alignment,
+    laid_out_as,
+    locate,
+    number_type,
+    rows_by_slot,
+    stride_in,
+    sum_type,
+    table,
+    units_in,
+)
 
 
-@triton.jit
-def dot_entries(
-    left,
+@triton.jit(do_not_specialize=["num_rows"])
+def dot_tile(
     outputs,
     starts,
     stops,
     strides,
     inverse,
+    rows,
     dots,
-    units,
-    left_stride,
+    num_rows,
     ranks,
-    BLOCK: tl.constexpr,
+    stride,
+    units,
     SUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
-    """One entry (n, j): a fixed number of partial sums, added in a fixed order."""
-    entry = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, 1)
-    slot = tl.load(inverse + entry + row)
-    total = tl.zeros((1, BLOCK), dtype=SUM)
-    at = 0
-    while at < units:
-        c = at + tl.arange(0, BLOCK).to(tl.int64)
-        inside = (row == 0)[:, None] & (c < units)[None, :]
-        own = tl.load(left + entry // ranks * left_stride + c, mask=c < units, other=0)
-        other, _ = load_slot(outputs, starts, stops, strides, slot, c, inside, SUM)
-        total += own.to(SUM)[None, :] * other
-        at += BLOCK
-    tl.store(dots + entry + row, tl.sum(total, axis=1))
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mine = rows + n * stride
+    j = 0
+    while j < ranks:
+        slot = tl.load(inverse + n * ranks + j, mask=n < num_rows, other=-1)
+        other, held = locate(slot, outputs, starts, stops, strides, ALIGNED)
+        partial = tl.zeros([ROWS, UNITS], SUM)
+        first = 0
+        while first < units:
+            unit = first + tl.arange(0, UNITS)
+            inside = held[:, None] & (unit < units)[None, :]
+            a = tl.load(mine[:, None] + unit[None, :], mask=inside, other=0)
+            b = tl.load(other[:, None] + unit[None, :], mask=inside, other=0)
+            partial += a.to(SUM) * b.to(SUM)
+            first += UNITS
+        dot = tl.sum(partial, 1).to(dots.dtype.element_ty)
+        tl.store(dots + n * ranks + j, dot, mask=n < num_rows)
+        j += 1
 
 
 def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
-    dots = torch.zeros(inverse.shape, dtype=reference.weight_dtype(rows.dtype), device=rows.device)
-    if inverse.numel() == 0 or rows.numel() == 0:
-        return dots
-    rows = in_layout_of(rows, rows)
-    blocks, firsts = joined([in_layout_of(output, rows) for output in outputs], starts)
-    width = value_size(rows)
-    dot_entries[(inverse.numel(),)](
-        as_values(rows),
-        tuple(as_values(block) for block in blocks),
-        tuple(firsts),
-        tuple(start + block.shape[0] for start, block in zip(firsts, blocks, strict=True)),
-        tuple(block.stride(0) * block.element_size() // width for block in blocks),
-        inverse.contiguous(),
+    num_rows, ranks = inverse.shape
+    dots = rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
+    if rows.numel() == 0:
+        return dots.zero_()
+    rows = laid_out_as(rows, reference.empty_rows(rows, 0))
+    others, starts, inverse = rows_by_slot(outputs, starts, inverse, rows)
+    unit = number_type(rows.dtype)
+    units = units_in(unit, rows)
+    size = tile_for(DOT, units)
+    launch(
+        dot_tile,
+        triton.cdiv(num_rows, size.rows),
+        rows,
+        *table(others, starts, unit, rows),
+        inverse,
+        triton.reinterpret(rows, unit),
         dots,
-        row_bytes(rows) // width,
-        rows.stride(0) * rows.element_size() // width,
-        inverse.shape[1],
-        BLOCK=DOT_BLOCK,
-        SUM=tl.float64 if dots.dtype == torch.float64 else tl.float32,
-        num_warps=4,
-        **EXACT,
+        num_rows,
+        ranks,
+        stride_in(unit, rows),
+        units,
+        SUM=sum_type(rows.dtype),
+        ALIGNED=alignment(others),
+        ROWS=size.rows,
+        UNITS=size.units,
+        num_warps=size.num_warps,
     )
     return dots
