@@ -65,9 +65,11 @@ class Outcome:
         return 1e3 * median(self.seconds[row])
 
     def ratio(self, slow: str, fast: str) -> float | None:
+        """Median over rounds of the two rows' quotient: a slow moment hits both."""
         if slow not in self.seconds or fast not in self.seconds:
             return None
-        return self.milliseconds(slow) / self.milliseconds(fast)
+        rounds = zip(self.seconds[slow], self.seconds[fast], strict=True)
+        return median(a / b for a, b in rounds)
 
     def gate_grad(self, row: str) -> str | None:
         if not self.setting.training:
