@@ -33,6 +33,7 @@ from .nn import Branch, RoutedFusion
 
 E1, E2 = 0, 1
 TRAIN_BATCH, TEST_BATCH = 64, 128
+EPOCHS, SWEEP_EPOCHS = 25, 10
 TIMING_SECONDS = 20.0
 COST_WEIGHT = 0.07  # of the resource loss; larger sends more digits to E1
 BRANCHES, TOGETHER = "branches", "gate and branches"
@@ -234,7 +235,7 @@ class Bench:
 
 
 def experiment(
-    epochs: int = 25,
+    epochs: int = EPOCHS,
     seed: int = 0,
     rounds: int = 15,
     advance: Callable[[str], None] = lambda text: None,
@@ -306,7 +307,9 @@ def positive(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=positive, default=25, help="of each of the two stages")
+    parser.add_argument(
+        "--epochs", type=positive, help=f"of each stage; {EPOCHS}, or {SWEEP_EPOCHS} in the sweep"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=positive, default=15, help="of the timing")
     parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")
@@ -321,9 +324,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.sweep:
         return importlib.import_module(f"{__package__}.demo_sweep").run(arguments)
-    total = len(RATES) * arguments.epochs + arguments.rounds
+    epochs = arguments.epochs or EPOCHS
+    total = len(RATES) * epochs + arguments.rounds
     with progress(total, quiet=arguments.json) as advance:
-        report, _ = experiment(arguments.epochs, arguments.seed, arguments.rounds, advance)
+        report, _ = experiment(epochs, arguments.seed, arguments.rounds, advance)
     drawn = draw(report, arguments.figure)
     if arguments.json:
         print(json.dumps(asdict(report), indent=2))

@@ -19,6 +19,7 @@ import torch
 
 from .demo import (
     BRANCHES,
+    SWEEP_EPOCHS,
     TOGETHER,
     Bench,
     Digits,
@@ -159,9 +160,10 @@ def draw(points: Sequence[Point], path: Path) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     seeds = [arguments.seed + i for i in range(SEEDS)]
-    total = len(seeds) * (1 + 2 * len(COST_WEIGHTS)) * arguments.epochs
+    epochs = arguments.epochs or SWEEP_EPOCHS
+    total = len(seeds) * (1 + 2 * len(COST_WEIGHTS)) * epochs
     with progress(total, quiet=arguments.json) as advance:
-        points = sweep(arguments.epochs, seeds, advance=advance)
+        points = sweep(epochs, seeds, advance=advance)
     drawn = draw(points, arguments.figure)
     if arguments.json:
         print(json.dumps([asdict(point) for point in points], indent=2))
