@@ -37,6 +37,10 @@ class Kernels(SimpleNamespace):
     gather_rows: Callable[..., Any]
     combine_rows: Callable[..., Any]
     row_dots: Callable[..., Any]
+    se_add: Callable[..., Any]
+    se_add_means: Callable[..., Any]
+    se_add_dots: Callable[..., Any]
+    se_add_grads: Callable[..., Any]
 
 
 def _load_cuda() -> Compiled:

@@ -6,6 +6,8 @@ rank in ascending order.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,50 @@ def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Te
     return dots
 
 
+def se_add_means(maps: Tensor) -> Tensor:
+    """maps [n, C, ...] -> [n, C], the mean of each channel of each sample."""
+    wide = maps.to(_sum_dtype(maps.dtype))
+    return _pixels(wide).mean(2).to(weight_dtype(maps.dtype))
+
+
+def se_add(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> Tensor:
+    """out[i] = main_scale[i] * main[i] + aux_scale[i] * aux[i] for i < n, main[i] behind.
+
+    main [N, C, ...]; aux [n, C, ...], n <= N; scales [n, C].
+    """
+    active, wide = aux.shape[0], _sum_dtype(main.dtype)
+    out = empty_maps(main, main.shape[0])
+    scaled = main[:active].to(wide) * _per_channel(main_scale, main)
+    out[:active] = scaled + aux.to(wide) * _per_channel(aux_scale, main)
+    out[active:] = main[active:]
+    return out
+
+
+def se_add_dots(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, C] each: the inner products of the first n samples of grad with main and with aux."""
+    wide = _sum_dtype(grad.dtype)
+    head = _pixels(grad[: aux.shape[0]].to(wide))
+    dtype = weight_dtype(grad.dtype)
+    dots = [(head * _pixels(maps[: aux.shape[0]].to(wide))).sum(2) for maps in (main, aux)]
+    return dots[0].to(dtype), dots[1].to(dtype)
+
+
+def se_add_grads(
+    grad: Tensor, main_scale: Tensor, aux_scale: Tensor, main_shift: Tensor, aux_shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """scale[i] * grad[i] + shift[i] for i < n: of the main stream, where grad[i] follows, of aux.
+
+    grad [N, C, ...]; scales and shifts [n, C].
+    """
+    active, wide = aux_scale.shape[0], _sum_dtype(grad.dtype)
+    main, aux = empty_maps(grad, grad.shape[0]), empty_maps(grad, active)
+    head = grad[:active].to(wide)
+    main[:active] = head * _per_channel(main_scale, grad) + _per_channel(main_shift, grad)
+    main[active:] = grad[active:]
+    aux.copy_(head * _per_channel(aux_scale, grad) + _per_channel(aux_shift, grad))
+    return main, aux
+
+
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of weights and of row dots for values of `dtype`."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
@@ -123,6 +169,31 @@ def empty_rows(source: Tensor, num_rows: int) -> Tensor:
             return source.new_empty((num_rows, *shape))
         filled *= size
     return source.new_empty_strided((num_rows, *shape), (numel, *strides))
+
+
+def empty_maps(like: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, C, ...] uninitialised: channels last where the samples of `like` are.
+
+    Maps in any other layout become contiguous.
+    """
+    shape, strides = like.shape, like.stride()
+    inner = [*range(like.ndim - 1, 1, -1)]
+    orders = [[*inner, 1], [1, *inner]] if like.ndim in (4, 5) else [[*inner, 1]]
+    layouts = [_packed(shape, order) for order in orders]
+    for layout in layouts:
+        if all(shape[d] <= 1 or strides[d] == layout[d] for d in range(1, like.ndim)):
+            return like.new_empty_strided((num_rows, *shape[1:]), layout)
+    return like.new_empty_strided((num_rows, *shape[1:]), layouts[0])
+
+
+def _packed(shape: torch.Size, order: list[int]) -> list[int]:
+    """Strides of dense maps, dim 0 outermost; `order`: the other dimensions, innermost first."""
+    strides, step = [1] * len(shape), 1
+    for d in order:
+        strides[d] = step
+        step = step * max(1, shape[d])
+    strides[0] = step
+    return strides
 
 
 def _first(faulty: Tensor) -> Tensor:
@@ -165,3 +236,12 @@ def _scaled(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _as_column(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.ndim - 1))
+
+
+def _pixels(maps: Tensor) -> Tensor:
+    """[n, C, the rest of a channel]."""
+    return maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:]))
+
+
+def _per_channel(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.view(*factors.shape, *[1] * (like.ndim - 2))

@@ -17,7 +17,10 @@ from torch import Tensor
 from . import reference
 
 NAMESPACE = "dynmm_kernels"
-OPS = ("route", "route_argmax", "gather_rows", "combine_rows", "row_dots")
+OPS = (
+    *("route", "route_argmax", "gather_rows", "combine_rows", "row_dots"),
+    *("se_add", "se_add_means", "se_add_dots", "se_add_grads"),
+)
 
 library = torch.library.Library(NAMESPACE, "DEF")
 library.define("route(Tensor selection, int num_branches) -> (Tensor, Tensor, Tensor)")
@@ -30,6 +33,15 @@ library.define(
     "combine_rows(Tensor[] outputs, int[] starts, Tensor inverse, Tensor? weights=None) -> Tensor"
 )
 library.define("row_dots(Tensor rows, Tensor[] outputs, int[] starts, Tensor inverse) -> Tensor")
+library.define(
+    "se_add(Tensor main, Tensor aux, Tensor main_scale, Tensor aux_scale) -> Tensor"
+)
+library.define("se_add_means(Tensor maps) -> Tensor")
+library.define("se_add_dots(Tensor grad, Tensor main, Tensor aux) -> (Tensor, Tensor)")
+library.define(
+    "se_add_grads(Tensor grad, Tensor main_scale, Tensor aux_scale, Tensor main_shift,"
+    " Tensor aux_shift) -> (Tensor, Tensor)"
+)
 
 for _op in OPS:
     library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
@@ -73,6 +85,30 @@ def _(
 @torch.library.register_fake(f"{NAMESPACE}::row_dots", lib=library)
 def _(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
     return rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::se_add", lib=library)
+def _(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> Tensor:
+    return reference.empty_maps(main, main.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::se_add_means", lib=library)
+def _(maps: Tensor) -> Tensor:
+    return maps.new_empty(maps.shape[:2], dtype=reference.weight_dtype(maps.dtype))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::se_add_dots", lib=library)
+def _(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = aux.shape[:2], reference.weight_dtype(grad.dtype)
+    return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::se_add_grads", lib=library)
+def _(
+    grad: Tensor, main_scale: Tensor, aux_scale: Tensor, main_shift: Tensor, aux_shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    active = aux_scale.shape[0]
+    return reference.empty_maps(grad, grad.shape[0]), reference.empty_maps(grad, active)
 
 
 def _plan_like(

@@ -1,0 +1,220 @@
+// se_add: out = main_scale * main + aux_scale * aux on the first samples of a batch, main behind
+// them; and the channel sums that its squeeze and its derivatives need.
+//
+// A run is what lies together: the pixels of a channel, or with channels last the channels of a
+// pixel. Sums go to double in an order that never changes.
+#include <cstring>
+#include <tuple>
+
+#include "cpu/parallel.h"
+#include "maps.h"
+
+namespace dynmm {
+namespace {
+
+constexpr int64_t kSpan = 64;  // channels that one thread sums at a time where they come last
+
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The samples of `t`, brought to `layout`.
+template <class T>
+struct Samples {
+  Tensor kept;
+  T* base;
+  int64_t stride;
+
+  Samples(const Tensor& t, const MapLayout& layout)
+      : kept(layout.bring(t)),
+        base(static_cast<T*>(const_cast<void*>(kept.const_data_ptr()))),
+        stride(kept.stride(0)) {}
+
+  T* sample(int64_t n) const { return base + n * stride; }
+};
+
+template <class T>
+const Factor<T>* factors(const Tensor& contiguous) {
+  return static_cast<const Factor<T>*>(contiguous.const_data_ptr());
+}
+
+// Calls run(n, offset, factor, size): `size` elements of sample n from `offset` on; the factors of
+// element i are at factor + i * kStep, kStep being 1 where channels come last, else 0.
+template <class T, class F>
+void for_runs(const MapLayout& layout, int64_t rows, const F& run) {
+  const int64_t runs = layout.last ? layout.pixels : layout.channels;
+  const int64_t size = layout.last ? layout.channels : layout.pixels;
+  parallel_rows(rows * runs, size * static_cast<int64_t>(sizeof(T)), [&](auto begin, auto end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t n = r / runs, within = r - n * runs;
+      run(n, within * size, n * layout.channels + (layout.last ? 0 : within), size);
+    }
+  });
+}
+
+template <int64_t kStep, class T, class A>
+void scale_and_add(const T* main, const T* aux, const A* s, const A* t, int64_t size, T* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] = static_cast<T>(s[i * kStep] * static_cast<A>(main[i]) +
+                            t[i * kStep] * static_cast<A>(aux[i]));
+  }
+}
+
+template <int64_t kStep, class T, class A>
+void scale_and_shift(const T* grad, const A* scale, const A* shift, int64_t size, T* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] = static_cast<T>(scale[i * kStep] * static_cast<A>(grad[i]) + shift[i * kStep]);
+  }
+}
+
+template <class T>
+void copy_samples(const Samples<T>& from, int64_t begin, int64_t end, int64_t numel,
+                  const Samples<T>& to) {
+  const int64_t bytes = numel * static_cast<int64_t>(sizeof(T));
+  parallel_rows(end - begin, bytes, [&](int64_t first, int64_t stop) {
+    for (int64_t n = begin + first; n < begin + stop; ++n) {
+      std::memcpy(to.sample(n), from.sample(n), static_cast<size_t>(bytes));
+    }
+  });
+}
+
+// sums[n, c] = sum over pixels of term(n, element).
+template <class T, class A, class F>
+void sum_channels(const MapLayout& layout, int64_t rows, A scale, const F& term, A* sums) {
+  const int64_t channels = layout.channels, pixels = layout.pixels;
+  if (!layout.last) {
+    for_runs<T>(layout, rows, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
+      constexpr int64_t kLanes = 8;
+      double lane[kLanes] = {};
+      int64_t i = 0;
+      for (; i + kLanes <= size; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) lane[l] += term(n, offset + i + l);
+      }
+      for (int64_t l = 0; i < size; ++i, ++l) lane[l] += term(n, offset + i);
+      const double sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) +
+                         ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+      sums[at] = static_cast<A>(sum * static_cast<double>(scale));
+    });
+    return;
+  }
+  const int64_t spans = (channels + kSpan - 1) / kSpan;
+  const int64_t bytes = pixels * kSpan * static_cast<int64_t>(sizeof(T));
+  parallel_rows(rows * spans, bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t n = r / spans, first = (r - n * spans) * kSpan;
+      const int64_t size = std::min(kSpan, channels - first);
+      double sum[kSpan] = {};
+      for (int64_t p = 0; p < pixels; ++p) {
+        for (int64_t c = 0; c < size; ++c) sum[c] += term(n, p * channels + first + c);
+      }
+      for (int64_t c = 0; c < size; ++c) {
+        sums[n * channels + first + c] = static_cast<A>(sum[c] * static_cast<double>(scale));
+      }
+    }
+  });
+}
+
+Tensor empty_sums(const Tensor& like, int64_t rows, const MapLayout& layout) {
+  const bool wide = accumulates_in_double(like.scalar_type());
+  return empty_matrix(like, rows, layout.channels, wide ? ScalarType::Double : ScalarType::Float);
+}
+
+}  // namespace
+
+Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
+              const Tensor& aux_scale) {
+  const MapLayout layout(main);
+  const int64_t rows = main.size(0), active = aux.size(0);
+  const Tensor out = layout.empty(main, rows);
+  const Tensor of_main = as_contiguous(main_scale), of_aux = as_contiguous(aux_scale);
+  visit_floating(main.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Samples<T> m(main, layout), a(aux, layout), to(out, layout);
+    const auto *s = factors<T>(of_main), *t = factors<T>(of_aux);
+    for_runs<T>(layout, active, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
+      const T *x = m.sample(n) + offset, *y = a.sample(n) + offset;
+      T* z = to.sample(n) + offset;
+      if (layout.last) {
+        scale_and_add<1>(x, y, s + at, t + at, size, z);
+      } else {
+        scale_and_add<0>(x, y, s + at, t + at, size, z);
+      }
+    });
+    copy_samples(m, active, rows, layout.numel(), to);
+  });
+  return out;
+}
+
+Tensor se_add_means(const Tensor& maps) {
+  const MapLayout layout(maps);
+  const int64_t rows = maps.size(0);
+  const Tensor means = empty_sums(maps, rows, layout);
+  visit_floating(maps.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = Factor<T>;
+    const Samples<T> m(maps, layout);
+    const auto term = [&](int64_t n, int64_t i) {
+      return static_cast<double>(static_cast<A>(m.sample(n)[i]));
+    };
+    sum_channels<T, A>(layout, rows, A{1} / static_cast<A>(layout.pixels), term,
+                       static_cast<A*>(means.mutable_data_ptr()));
+  });
+  return means;
+}
+
+std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, const Tensor& aux) {
+  const MapLayout layout(grad);
+  const int64_t active = aux.size(0);
+  const Tensor of_main = empty_sums(grad, active, layout), of_aux = empty_sums(grad, active, layout);
+  visit_floating(grad.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = Factor<T>;
+    const Samples<T> g(grad, layout), m(main, layout), a(aux, layout);
+    const auto product = [&g](const Samples<T>& other) {
+      return [&g, &other](int64_t n, int64_t i) {
+        return static_cast<double>(static_cast<A>(g.sample(n)[i])) *
+               static_cast<double>(static_cast<A>(other.sample(n)[i]));
+      };
+    };
+    sum_channels<T, A>(layout, active, A{1}, product(m),
+                       static_cast<A*>(of_main.mutable_data_ptr()));
+    sum_channels<T, A>(layout, active, A{1}, product(a),
+                       static_cast<A*>(of_aux.mutable_data_ptr()));
+  });
+  return {of_main, of_aux};
+}
+
+std::tuple<Tensor, Tensor> se_add_grads(const Tensor& grad, const Tensor& main_scale,
+                                        const Tensor& aux_scale, const Tensor& main_shift,
+                                        const Tensor& aux_shift) {
+  const MapLayout layout(grad);
+  const int64_t rows = grad.size(0), active = main_scale.size(0);
+  const Tensor main = layout.empty(grad, rows), aux = layout.empty(grad, active);
+  const Tensor s = as_contiguous(main_scale), t = as_contiguous(aux_scale);
+  const Tensor u = as_contiguous(main_shift), v = as_contiguous(aux_shift);
+  visit_floating(grad.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Samples<T> g(grad, layout), to_main(main, layout), to_aux(aux, layout);
+    for_runs<T>(layout, active, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
+      const T* x = g.sample(n) + offset;
+      T *y = to_main.sample(n) + offset, *z = to_aux.sample(n) + offset;
+      if (layout.last) {
+        scale_and_shift<1>(x, factors<T>(s) + at, factors<T>(u) + at, size, y);
+        scale_and_shift<1>(x, factors<T>(t) + at, factors<T>(v) + at, size, z);
+      } else {
+        scale_and_shift<0>(x, factors<T>(s) + at, factors<T>(u) + at, size, y);
+        scale_and_shift<0>(x, factors<T>(t) + at, factors<T>(v) + at, size, z);
+      }
+    });
+    copy_samples(g, active, rows, layout.numel(), to_main);
+  });
+  return {main, aux};
+}
+
+}  // namespace dynmm
+
+STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
+  m.impl("se_add", TORCH_BOX(&dynmm::se_add));
+  m.impl("se_add_means", TORCH_BOX(&dynmm::se_add_means));
+  m.impl("se_add_dots", TORCH_BOX(&dynmm::se_add_dots));
+  m.impl("se_add_grads", TORCH_BOX(&dynmm::se_add_grads));
+}
