@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import ops
 
+_SUMS = ("combine_rows", "row_dots", "se_add_means", "se_add_dots")
+
 
 def run() -> int:
     """Prints a line per backend and op; 0 if all agree with the reference."""
@@ -46,7 +48,7 @@ def _compare(name: str, op: str, arguments: tuple[Any, ...]) -> str | None:
         got = tuple(result.cpu() for result in _as_tuple(getattr(ops.kernels(), op)(*arguments)))
     try:
         # Default tolerances for sums, whose order of rounding differs; none for moved values.
-        tolerance = None if op in ("combine_rows", "row_dots") else 0.0
+        tolerance = None if op in _SUMS else 0.0
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
         utils = ("test_schema", "test_faketensor")
         torch.library.opcheck(
@@ -94,3 +96,14 @@ def _cases(dtypes: list[torch.dtype]) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "combine_rows", (outputs, starts[:-1], inverse, None)
             yield "combine_rows", (outputs, starts[:-1], inverse, weights)
             yield "row_dots", (source, outputs, starts[:-1], inverse)
+    for shape in ((0, 3, 2, 2), (1, 1, 5, 5), (3, 33, 4, 7)):
+        for dtype in dtypes:
+            maps, grad = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+            active = shape[0] - shape[0] // 3
+            factors = [randn(active, shape[1]).to(ops.weight_dtype(dtype)) for _ in range(4)]
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                main = maps.contiguous(memory_format=memory_format)
+                yield "se_add", (main, grad[:active], *factors[:2])
+                yield "se_add_means", (main,)
+                yield "se_add_dots", (grad, main, main[:active])
+                yield "se_add_grads", (main, *factors)

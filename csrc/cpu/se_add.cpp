@@ -2,7 +2,7 @@
 // them; and the channel sums that its squeeze and its derivatives need.
 //
 // A run is what lies together: the pixels of a channel, or with channels last the channels of a
-// pixel. Sums go to double in an order that never changes.
+// pixel. Short sums go to a double in an order that never changes.
 #include <cstring>
 #include <tuple>
 
@@ -12,7 +12,9 @@
 namespace dynmm {
 namespace {
 
-constexpr int64_t kSpan = 64;  // channels that one thread sums at a time where they come last
+constexpr int64_t kSpan = 256;  // channels that one thread sums at a time where they come last
+constexpr int64_t kShort = 16;  // terms added up before they go to a double
+constexpr int64_t kLanes = 16;
 
 template <class T>
 using Factor = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -77,22 +79,24 @@ void copy_samples(const Samples<T>& from, int64_t begin, int64_t end, int64_t nu
   });
 }
 
-// sums[n, c] = sum over pixels of term(n, element).
+// sums[n, c] = scale * sum over pixels of term(n, element).
 template <class T, class A, class F>
-void sum_channels(const MapLayout& layout, int64_t rows, A scale, const F& term, A* sums) {
+void sum_channels(const MapLayout& layout, int64_t rows, double scale, const F& term, A* sums) {
   const int64_t channels = layout.channels, pixels = layout.pixels;
   if (!layout.last) {
     for_runs<T>(layout, rows, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
-      constexpr int64_t kLanes = 8;
-      double lane[kLanes] = {};
-      int64_t i = 0;
-      for (; i + kLanes <= size; i += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) lane[l] += term(n, offset + i + l);
+      double sum = 0;
+      for (int64_t i = 0; i < size; i += kLanes * kShort) {
+        A lane[kLanes] = {};
+        const int64_t stop = std::min(i + kLanes * kShort, size);
+        int64_t e = i;
+        for (; e + kLanes <= stop; e += kLanes) {
+          for (int64_t l = 0; l < kLanes; ++l) lane[l] += term(n, offset + e + l);
+        }
+        for (int64_t l = 0; e < stop; ++e, ++l) lane[l] += term(n, offset + e);
+        for (int64_t l = 0; l < kLanes; ++l) sum += static_cast<double>(lane[l]);
       }
-      for (int64_t l = 0; i < size; ++i, ++l) lane[l] += term(n, offset + i);
-      const double sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) +
-                         ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-      sums[at] = static_cast<A>(sum * static_cast<double>(scale));
+      sums[at] = static_cast<A>(sum * scale);
     });
     return;
   }
@@ -103,11 +107,15 @@ void sum_channels(const MapLayout& layout, int64_t rows, A scale, const F& term,
       const int64_t n = r / spans, first = (r - n * spans) * kSpan;
       const int64_t size = std::min(kSpan, channels - first);
       double sum[kSpan] = {};
-      for (int64_t p = 0; p < pixels; ++p) {
-        for (int64_t c = 0; c < size; ++c) sum[c] += term(n, p * channels + first + c);
+      for (int64_t p = 0; p < pixels; p += kShort) {
+        A part[kSpan] = {};
+        for (int64_t q = p; q < std::min(p + kShort, pixels); ++q) {
+          for (int64_t c = 0; c < size; ++c) part[c] += term(n, q * channels + first + c);
+        }
+        for (int64_t c = 0; c < size; ++c) sum[c] += static_cast<double>(part[c]);
       }
       for (int64_t c = 0; c < size; ++c) {
-        sums[n * channels + first + c] = static_cast<A>(sum[c] * static_cast<double>(scale));
+        sums[n * channels + first + c] = static_cast<A>(sum[c] * scale);
       }
     }
   });
@@ -152,10 +160,8 @@ Tensor se_add_means(const Tensor& maps) {
     using T = decltype(zero);
     using A = Factor<T>;
     const Samples<T> m(maps, layout);
-    const auto term = [&](int64_t n, int64_t i) {
-      return static_cast<double>(static_cast<A>(m.sample(n)[i]));
-    };
-    sum_channels<T, A>(layout, rows, A{1} / static_cast<A>(layout.pixels), term,
+    const auto term = [&](int64_t n, int64_t i) { return static_cast<A>(m.sample(n)[i]); };
+    sum_channels<T, A>(layout, rows, 1.0 / static_cast<double>(layout.pixels), term,
                        static_cast<A*>(means.mutable_data_ptr()));
   });
   return means;
@@ -164,21 +170,20 @@ Tensor se_add_means(const Tensor& maps) {
 std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, const Tensor& aux) {
   const MapLayout layout(grad);
   const int64_t active = aux.size(0);
-  const Tensor of_main = empty_sums(grad, active, layout), of_aux = empty_sums(grad, active, layout);
+  const Tensor of_main = empty_sums(grad, active, layout),
+               of_aux = empty_sums(grad, active, layout);
   visit_floating(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Factor<T>;
     const Samples<T> g(grad, layout), m(main, layout), a(aux, layout);
     const auto product = [&g](const Samples<T>& other) {
       return [&g, &other](int64_t n, int64_t i) {
-        return static_cast<double>(static_cast<A>(g.sample(n)[i])) *
-               static_cast<double>(static_cast<A>(other.sample(n)[i]));
+        return static_cast<A>(g.sample(n)[i]) * static_cast<A>(other.sample(n)[i]);
       };
     };
-    sum_channels<T, A>(layout, active, A{1}, product(m),
+    sum_channels<T, A>(layout, active, 1.0, product(m),
                        static_cast<A*>(of_main.mutable_data_ptr()));
-    sum_channels<T, A>(layout, active, A{1}, product(a),
-                       static_cast<A*>(of_aux.mutable_data_ptr()));
+    sum_channels<T, A>(layout, active, 1.0, product(a), static_cast<A*>(of_aux.mutable_data_ptr()));
   });
   return {of_main, of_aux};
 }

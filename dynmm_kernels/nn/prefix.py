@@ -26,6 +26,11 @@ class Stage(Branch):
     def label(self) -> str:
         return str(self.name)
 
+    @property
+    def fuses_prefix(self) -> bool:
+        """Whether it takes fewer rows of the second tensor than of the first, and fuses those."""
+        return getattr(self._modules["module"], "fuses_prefix", False)
+
     def run(self, *tensors: Tensor) -> Tensor:
         """The module's output for tensors of n rows, checked to be a tensor of n rows."""
         output = self.call(tensors)
@@ -209,14 +214,24 @@ class Prefix:
             self.aux = cell.aux.run(self.aux)
         if not cell.fuses:
             return
+        if weights is None:
+            if self.aux is not None:
+                self.main = self._fuse(cell, main, self.aux)
+            return
         head, tail = _split(main, self.active)
         fused = None
         if self.aux is not None and head is not None:
             fused = cell.fuse(head, self.aux)
-        if weights is not None:
-            self.main = levels.fuse_prefix(head, tail, fused, rest, weights, exact)
-        elif fused is not None:
-            self.main = fused if tail is None else self._join(cell, main, fused, tail)
+        self.main = levels.fuse_prefix(head, tail, fused, rest, weights, exact)
+
+    def _fuse(self, cell: Cell, main: Tensor, aux: Tensor) -> Tensor:
+        """All rows of `main`, those that `aux` has fused with it."""
+        if cell.fusion.fuses_prefix:
+            return cell.fuse(main, aux)
+        head, tail = _split(main, self.active)
+        if tail is None or head is None:
+            return cell.fuse(main, aux)
+        return self._join(cell, main, cell.fuse(head, aux), tail)
 
     def _follow(self, cell: Cell, main: Tensor) -> Tensor | None:
         """What the cell would make of the rest: forward only, for its gradient is zero."""
