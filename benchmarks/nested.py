@@ -1,0 +1,248 @@
+"""Fusion-level routing: the segmentation nets of nyud.py, masked, routed and as bare calls.
+
+Batch norm is frozen: in training it would couple the samples, and the stack would run masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.nyud import MIXES, PATHS, SegmentationNet
+from benchmarks.problem import freeze_batch_norm
+from dynmm_kernels import NestedFusion
+from dynmm_kernels.nn import Add, SEAdd
+
+Runs = dict[str, Callable[[], Any]]
+READ = (1, 2, 3)  # stages whose outputs the decoder reads besides the last
+
+
+@dataclass(frozen=True)
+class StackSetting:
+    kind: str
+    n: int
+    height: int
+    mix: str
+    training: bool
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        step = "Stage-I step" if self.training else "forward"
+        size = f"{self.height}x{self.height * 4 // 3}"
+        return f"{step} nyud-{self.kind} {size} N={self.n} mix {self.mix}"
+
+
+def planned_depths(n: int, mix: str, seed: int = 0) -> Tensor:
+    """int64 [n]: each path as often as its share says (largest remainders), shuffled."""
+    exact = [n * share for share in MIXES[mix]]
+    counts = [int(count) for count in exact]
+    by_remainder = sorted(range(PATHS), key=lambda d: counts[d] - exact[d])
+    for d in by_remainder[: n - sum(counts)]:
+        counts[d] += 1
+    depths = torch.repeat_interleave(torch.arange(PATHS), torch.tensor(counts))
+    return depths[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+
+
+class PlannedPaths(nn.Module):
+    """Runs the real gate, whose cost is paid, and answers with planned logits."""
+
+    def __init__(self, gate: nn.Module, depths: Tensor):
+        super().__init__()
+        self.gate = gate
+        self.register_buffer("planned", 2.0 * F.one_hot(depths, PATHS).float())
+
+    def forward(self, main: Tensor, aux: Tensor) -> Tensor:
+        real = self.gate(main, aux)
+        return self.planned + (real - real.detach())
+
+
+@dataclass(frozen=True)
+class StackCosts:
+    """Multiply-accumulates per sample of all that every sample needs, and of each depth stage."""
+
+    always: float
+    gate: float
+    stages: tuple[float, ...]
+
+    def ceiling(self, depths: Tensor, training: bool) -> float:
+        """Masked over routed if time went by multiply-accumulates; Stage I asks no gate."""
+        always = self.always + (0 if training else self.gate)
+        masked = len(depths) * (always + sum(self.stages))
+        active = [int((depths > k).sum()) for k in range(len(self.stages))]
+        rows = zip(active, self.stages, strict=True)
+        return masked / (len(depths) * always + sum(count * cost for count, cost in rows))
+
+
+@cache
+def stack_costs(kind: str, height: int) -> StackCosts:
+    """Counted on the meta device, for one sample."""
+
+    def macs(call: Callable[[], Any]) -> tuple[float, Any]:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            result = call()
+        return counter.get_total_flops() / 2, result
+
+    with torch.device("meta"):
+        net = SegmentationNet(kind).eval()
+        rgb, depth = (torch.empty(1, c, height, height * 4 // 3) for c in (3, 1))
+        always, (main, aux) = macs(lambda: net.stems(rgb, depth))
+        gate, _ = macs(lambda: net.gate(main, aux))
+        stages, outputs = [], []
+        for k in range(4):
+            cost, main = macs(lambda k=k, x=main: net.rgb.stages[k](x))
+            always += cost
+            cost, aux = macs(lambda k=k, x=aux: net.depth.stages[k](x))
+            added, main = macs(lambda k=k, r=main, a=aux: net.fusions[k + 1](r, a))
+            stages.append(cost + added)
+            outputs.append(main)
+        decoder, _ = macs(lambda: net.decode(outputs))
+    return StackCosts(always + decoder, gate, tuple(stages))
+
+
+class StackProblem:
+    """The net, the images and the planned paths of one setting; every row shares the weights."""
+
+    def __init__(self, setting: StackSetting):
+        torch.manual_seed(0)
+        self.setting = setting
+        self.net = SegmentationNet(setting.kind).to(setting.device).train(setting.training)
+        freeze_batch_norm(self.net)
+        size = (setting.height, setting.height * 4 // 3)
+        self.rgb = torch.randn(setting.n, 3, *size, device=setting.device)
+        self.depth = torch.randn(setting.n, 1, *size, device=setting.device)
+        self.target = torch.randint(0, 40, (setting.n, *size), device=setting.device)
+        self.paths = planned_depths(setting.n, setting.mix).to(setting.device)
+        gate = PlannedPaths(self.net.gate, self.paths)
+        self.gate = gate.to(setting.device)
+        self.fusions = [self._ours(fusion) for fusion in self.net.fusions[1:]]
+        self.nested = NestedFusion(
+            self.gate, self.net.rgb.stages, self.net.depth.stages, self.fusions, execution="routed"
+        )
+
+    def _ours(self, fusion: nn.Module) -> nn.Module:
+        """The library's fusion of the same kind, over the same parameters."""
+        if self.setting.kind == "R34":
+            return Add()
+        ours = SEAdd(fusion.excite_main[0].in_features)
+        ours.excite_main, ours.excite_aux = fusion.excite_main, fusion.excite_aux
+        return ours
+
+    def masked(self) -> Tensor:
+        main, aux = self.net.stems(self.rgb, self.depth)
+        if self.setting.training:
+            weights = F.one_hot(self.paths, PATHS).float()  # Stage I: a random policy
+        else:
+            weights = F.one_hot(self.gate(main, aux).argmax(1), PATHS).float()
+        return self.net.decode(self.net.masked(main, aux, weights))
+
+    def routed(self) -> Tensor:
+        main, aux = self.net.stems(self.rgb, self.depth)
+        forced = self.paths if self.setting.training else None
+        last, skips = self.nested(main, aux, depth=forced, stages=READ)
+        return self.net.decode([*skips, last])
+
+    def static(self) -> Tensor:
+        """The net without a gate, depth always fused."""
+        main, aux = self.net.stems(self.rgb, self.depth)
+        outputs = []
+        for k in range(4):
+            main, aux = self.net.rgb.stages[k](main), self.net.depth.stages[k](aux)
+            main = self.net.fusions[k + 1](main, aux)
+            outputs.append(main)
+        return self.net.decode(outputs)
+
+    def bare(self) -> Callable[[], list[Tensor]]:
+        """Every module called on tensors prepared beforehand: compact rows, nothing moved.
+
+        What the modules cost on the rows they must see; no router can be without it. In training
+        each call is followed by its backward.
+        """
+        order = self.paths.argsort(descending=True, stable=True)
+        active = [int((self.paths > k).sum()) for k in range(4)]
+        net, calls = self.net, []
+        with torch.no_grad():
+            main, aux = (x[order] for x in net.stems(self.rgb, self.depth))
+            gate_inputs, outputs = (main, aux), []
+            for k in range(4):
+                count = active[k]
+                r, a = net.rgb.stages[k](main), net.depth.stages[k](aux[:count].contiguous())
+                calls.append((net.rgb.stages[k], (main,)))
+                if count:
+                    calls.append((net.depth.stages[k], (aux[:count].clone(),)))
+                    calls.append((self.fusions[k], (r[:count].clone(), a)))
+                    r = torch.cat([self.fusions[k](r[:count], a), r[count:]])
+                main, aux = r, a
+                outputs.append(r)
+
+        def run() -> list[Tensor]:
+            if self.setting.training:
+                return self._bare_step(calls, outputs)
+            net.stems(self.rgb, self.depth)
+            self.gate(*gate_inputs)
+            for module, arguments in calls:
+                module(*arguments)
+            return [net.decode(outputs)]
+
+        return run
+
+    def _bare_step(self, calls: list, outputs: list[Tensor]) -> list[Tensor]:
+        self.forget_gradients()
+        main, aux = self.net.stems(self.rgb, self.depth)
+        made = [main, aux]
+        for module, arguments in calls:
+            made.append(module(*(x.requires_grad_() for x in arguments)))
+        leaves = [x.requires_grad_() for x in outputs]
+        loss = self.loss(self.net.decode(leaves))
+        torch.autograd.backward([loss, *made], [None, *map(torch.ones_like, made)])
+        for _, arguments in calls:
+            for x in arguments:
+                x.grad = None
+        for x in leaves:
+            x.grad = None
+        return [loss.detach()]
+
+    def loss(self, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, self.target)
+
+    def forget_gradients(self) -> None:
+        for parameter in self.net.parameters():
+            parameter.grad = None
+
+    def runs(self) -> Runs:
+        forwards = {"static": self.static, "masked": self.masked, "routed": self.routed}
+        if not self.setting.training:
+            return {**forwards, "bare": self.bare()}
+
+        def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
+            def run() -> None:
+                self.forget_gradients()
+                self.loss(forward()).backward()
+
+            return run
+
+        steps: Runs = {row: step(forward) for row, forward in forwards.items()}
+        return {**steps, "bare": self.bare()}
+
+    def error(self) -> float:
+        """Of routed against masked, relative to the largest value: outputs, then gradients."""
+
+        def results(forward: Callable[[], Tensor]) -> list[Tensor]:
+            self.forget_gradients()
+            output = forward()
+            if not self.setting.training:
+                return [output]
+            self.loss(output).backward()
+            return [output.detach(), *(p.grad for p in self.net.parameters() if p.grad is not None)]
+
+        worst = 0.0
+        for ours, theirs in zip(results(self.routed), results(self.masked), strict=True):
+            scale = float(theirs.abs().max()) or 1.0
+            worst = max(worst, float((ours - theirs).abs().max()) / scale)
+        self.forget_gradients()
+        return worst
