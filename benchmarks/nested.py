@@ -88,20 +88,19 @@ def stack_costs(kind: str, height: int) -> StackCosts:
             result = call()
         return counter.get_total_flops() / 2, result
 
-    with torch.device("meta"):
-        net = SegmentationNet(kind).eval()
-        rgb, depth = (torch.empty(1, c, height, height * 4 // 3) for c in (3, 1))
-        always, (main, aux) = macs(lambda: net.stems(rgb, depth))
-        gate, _ = macs(lambda: net.gate(main, aux))
-        stages, outputs = [], []
-        for k in range(4):
-            cost, main = macs(lambda k=k, x=main: net.rgb.stages[k](x))
-            always += cost
-            cost, aux = macs(lambda k=k, x=aux: net.depth.stages[k](x))
-            added, main = macs(lambda k=k, r=main, a=aux: net.fusions[k + 1](r, a))
-            stages.append(cost + added)
-            outputs.append(main)
-        decoder, _ = macs(lambda: net.decode(outputs))
+    net = SegmentationNet(kind).eval().to("meta")
+    rgb, depth = (torch.empty(1, c, height, height * 4 // 3, device="meta") for c in (3, 1))
+    always, (main, aux) = macs(lambda: net.stems(rgb, depth))
+    gate, _ = macs(lambda: net.gate(main, aux))
+    stages, outputs = [], []
+    for k in range(4):
+        cost, main = macs(lambda k=k, x=main: net.rgb.stages[k](x))
+        always += cost
+        cost, aux = macs(lambda k=k, x=aux: net.depth.stages[k](x))
+        added, main = macs(lambda k=k, r=main, a=aux: net.fusions[k + 1](r, a))
+        stages.append(cost + added)
+        outputs.append(main)
+    decoder, _ = macs(lambda: net.decode(outputs))
     return StackCosts(always + decoder, gate, tuple(stages))
 
 

@@ -141,7 +141,7 @@ class CombineSelected(torch.autograd.Function):
         num_outputs = len(ctx.starts)
         stops = [s + row.shape[0] for s, row in zip(ctx.starts, rows[:num_outputs], strict=True)]
         grads = kernels.gather_rows(
-            [grad] * num_outputs, ctx.starts, stops, ctx.plan.order, 1, None
+            [grad] * num_outputs, ctx.starts, stops, ctx.plan.order, ctx.plan.ranks, None
         )
         dots = kernels.row_dots(grad, rows, ctx.all_starts, index).to(ctx.probs_dtype)
         return None, None, None, None, None, dots, *grads, *[None] * (len(rows) - num_outputs)

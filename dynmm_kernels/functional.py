@@ -103,14 +103,28 @@ def check_logits(
     raise TypeError(f"{gate} must return floating logits {wanted}; got {got}")
 
 
+def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> RoutingPlan:
+    """The plan of an integer selection [N, k]; all of a row that is `undefined` [N, 1] is faulty.
+
+    The faults are left to `check_faults`.
+    """
+    selection = torch.where(undefined, -2, selection)
+    order, inverse, header = ops.kernels().route(selection, num_branches)
+    return RoutingPlan(order, inverse, header, num_branches)
+
+
 def check_faults(
-    logits: Tensor, header: list[int], gate: str = "the gate", samples: Tensor | None = None
+    logits: Tensor,
+    header: list[int],
+    gate: str = "the gate",
+    samples: Tensor | None = None,
+    entries_per_row: int = 1,
 ) -> None:
     """Raises ValueError for the first row of `logits` without a defined softmax.
 
     `samples[row]` is the row of the batch that the logits are for; None: the same.
     """
-    faults, row = header[-2:]
+    faults, row = header[-2] // entries_per_row, header[-1] // entries_per_row
     if faults:
         sample = row if samples is None else int(samples[row])
         raise ValueError(
@@ -119,18 +133,16 @@ def check_faults(
         )
 
 
-def route_complement(plan: RoutingPlan, choice: Tensor) -> RoutingPlan:
+def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     """The plan of all (sample, branch) that were not chosen, k = B.
 
     Its offsets follow from those of `plan`, so the host knows them without another copy.
 
     Args:
-        plan: a top-1 plan in which every sample has a branch.
-        choice: int64 [N], what `plan` routes.
+        plan: a plan in which no sample has a branch twice.
+        selected: bool [N, B], what `plan` routes.
     """
-    mask = torch.ones(plan.num_rows, plan.num_branches, dtype=torch.bool, device=choice.device)
-    mask.scatter_(1, choice.unsqueeze(1), False)
-    order, inverse, header = ops.kernels().route(mask, plan.num_branches)
+    order, inverse, header = ops.kernels().route(~selected, plan.num_branches)
     starts = [b * plan.num_rows - start for b, start in enumerate(plan.starts)]
     return RoutingPlan(order, inverse, header, plan.num_branches, [*starts, 0, -1])
 
@@ -297,7 +309,7 @@ def combine_selected(
     other_starts: list[int],
     index: Tensor,
 ) -> Any:
-    """combine_rows of a top-1 plan, which also sends the gate its straight-through gradient.
+    """combine_rows without weights, which also sends the gate its straight-through gradient.
 
     d loss / d probs[n, m] = <d loss / d out[n], row(index[n, m])>, where the rows are those of
     `outputs` and then those of `others`, at the slots `starts` and `other_starts`; -1: no row, no

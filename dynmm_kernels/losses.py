@@ -4,30 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .nn.routing import Routing
 
+Costs = Sequence[float]
+
 
 def resource_loss(
-    routing: Routing, costs: Sequence[float] | None = None, budget: float | None = None
+    routing: Routing | Sequence[Routing],
+    costs: Costs | Sequence[Costs | None] | None = None,
+    budget: float | None = None,
+    reduction: str = "sum",
 ) -> Tensor:
-    """Mean over samples of sum_b g_b * C_b (DynMM eq. 1), or its excess over a budget.
+    """What the gates' choices cost per sample, or its excess over a budget.
 
-    The gradient reaches the gate through `routing.weights`. Multiply by the strength wanted;
-    with `costs=[0, 1]` this is the `reg * mean(weight[:, 1])` of DynMM's code.
+    The mean over samples of sum_b g_b * C_b (DynMM eq. 1); of several fusions, the sum over them
+    (eq. 2: cells of a network). A `DepthRouting` covers all cells of its stack at once. The
+    gradient reaches the gates through `routing.weights`. Multiply by the strength wanted; with
+    `costs=[0, 1]` this is the `reg * mean(weight[:, 1])` of DynMM's code.
 
     Args:
-        routing: from `fusion(..., return_routing=True)`.
-        costs: C_b, one number per branch; default: the costs given to the branches.
+        routing: from `fusion(..., return_routing=True)`; or several, of fusions in one model.
+        costs: C_b, one number per branch; of several fusions, one such list (or None) each.
+            Default: the costs given to the branches.
         budget: in the unit of the costs; the loss is then max(0, cost - budget).
+        reduction: over the branches: "sum"; or "mean", which divides by their number, as the
+            code of the fusion-level DynMM does. The budget is compared with what comes of that.
 
     Returns:
         A scalar in the unit of the costs.
 
     Raises:
-        ValueError: costs are missing, or not one per branch.
+        ValueError: costs are missing, or not one per branch; an unknown reduction.
     """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"resource_loss: reduction must be 'sum' or 'mean'; got {reduction!r}")
+    several = not isinstance(routing, Routing)
+    routings = [*routing] if several else [routing]  # type: ignore[misc]
+    tables = ([None] * len(routings) if costs is None else [*costs]) if several else [costs]
+    if not routings or len(tables) != len(routings):
+        raise ValueError(
+            f"resource_loss: wanted one list of costs per routing, and at least one; got "
+            f"{len(tables)} for {len(routings)} routings"
+        )
+    each = [
+        _cost(one, table, reduction)  # type: ignore[arg-type]
+        for one, table in zip(routings, tables, strict=True)
+    ]
+    total = torch.stack(each).sum()
+    return total if budget is None else (total - budget).clamp_min(0)
+
+
+def _cost(routing: Routing, costs: Costs | None, reduction: str) -> Tensor:
     costs = routing.costs if costs is None else costs
     if costs is None:
         raise ValueError("resource_loss: give costs, or construct every Branch with a cost")
@@ -37,4 +67,4 @@ def resource_loss(
             f"resource_loss: wanted one cost per branch, {weights.shape[1]}; got {len(costs)}"
         )
     cost = (weights @ weights.new_tensor(costs)).mean()
-    return cost if budget is None else (cost - budget).clamp_min(0)
+    return cost / weights.shape[1] if reduction == "mean" else cost

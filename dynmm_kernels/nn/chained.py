@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels
 from .branch import Branch, as_branch
+from .decisions import straight_through
 from .execution import without_graph
-from .gates import straight_through
 from .prefix import Cell, Prefix
 from .stack import Run, StackFusion, hide_unselected
 

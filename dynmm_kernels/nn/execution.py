@@ -21,7 +21,7 @@ class Learning(NamedTuple):
 
     mode: str
     probs: Tensor  # [N, B], with the gate's graph
-    choice: Tensor  # int64 [N]
+    selected: Tensor  # bool [N, B]
 
 
 def run_everywhere(
@@ -41,10 +41,12 @@ def run_routed(
     plan: RoutingPlan,
     learning: Learning | None,
     subset_norm: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
     """Each branch on the samples that chose it; at least one sample chose one.
 
     Where the gate's exact gradient is recorded, the other samples follow without a graph.
+    `weights` [N, k]: of the ranks of the plan, instead of ones.
     """
     num_rows, counts = plan.num_rows, plan.counts
     own = [b for b, count in enumerate(counts) if count]
@@ -59,10 +61,10 @@ def run_routed(
     if learning is not None:
         combined, spec = _learn(branches, plan, learning, own, outputs, rest)
     elif F.single_tensors_fit(outputs, rows):
-        combined, spec = [_combine(plan, outputs, own, batch)], None
+        combined, spec = [_combine(plan, outputs, own, batch, weights)], None
     else:
         columns, spec = F.check_outputs(outputs, rows, [branches[b].label for b in own])
-        combined = [_combine(plan, column, own, batch) for column in columns]
+        combined = [_combine(plan, column, own, batch, weights) for column in columns]
     if len(own) < len(branches) and torch.is_grad_enabled():
         _touch_starved(combined, branches, batch, set(own))
     rows_run = counts
@@ -127,7 +129,7 @@ def _run_rest(
     whole: dict[int, Any],
 ) -> Rest:
     """Forward only: the gradient of these outputs is zero."""
-    complement = F.route_complement(plan, learning.choice)
+    complement = F.route_complement(plan, learning.selected)
     rest = [b for b, count in enumerate(complement.counts) if count]
     with without_graph(), ExitStack() as stack:
         for b in rest:
@@ -162,31 +164,37 @@ def _learn(
     """Combines `outputs` so that the gate learns, also from the `rest` where there is one."""
     labels = [branches[b].label for b in own]
     rows = [plan.counts[b] for b in own]
-    probs, index, rest_starts = learning.probs, plan.inverse, []
-    chosen = learning.choice.unsqueeze(1)
-    if rest is None:
-        probs = probs.gather(1, chosen)
-    else:
+    index, rest_starts = torch.where(learning.selected, plan.inverse, -1), []
+    if rest is not None:
         outputs = outputs + rest.outputs
         labels += [branches[b].label for b in rest.branches]
         rows += [rest.plan.counts[b] for b in rest.branches]
         # The slots of the rest stand behind those of the plan.
-        rest_starts = [rest.plan.starts[b] + plan.num_rows for b in rest.branches]
-        index = (rest.plan.inverse + plan.num_rows).scatter_(1, chosen, plan.inverse)
+        last = plan.order.shape[0]
+        rest_starts = [rest.plan.starts[b] + last for b in rest.branches]
+        index = torch.where(learning.selected, plan.inverse, rest.plan.inverse + last)
     columns, spec = F.check_outputs(outputs, rows, labels)
     starts, split = [plan.starts[b] for b in own], len(own)
     combined = [
-        F.combine_selected(plan, column[:split], starts, probs, column[split:], rest_starts, index)
+        F.combine_selected(
+            plan, column[:split], starts, learning.probs, column[split:], rest_starts, index
+        )
         for column in columns
     ]
     return combined, spec
 
 
-def _combine(plan: RoutingPlan, column: Sequence[Any], own: Sequence[int], batch: Arguments) -> Any:
-    if len(own) == 1 and plan.counts[own[0]] == plan.num_rows:
+def _combine(
+    plan: RoutingPlan,
+    column: Sequence[Any],
+    own: Sequence[int],
+    batch: Arguments,
+    weights: Tensor | None,
+) -> Any:
+    if weights is None and len(own) == 1 and plan.counts[own[0]] == plan.num_rows:
         return apart(column[0], batch.tensors())
     starts = plan.host_header
-    return F.combine_rows(plan, column, [starts[b] for b in own])
+    return F.combine_rows(plan, column, [starts[b] for b in own], weights)
 
 
 def apart(output: Any, inputs: Sequence[Tensor]) -> Any:

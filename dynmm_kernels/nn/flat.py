@@ -26,6 +26,8 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
     """
     if fusion.execution not in ("routed", "auto") or fusion.training:
         return None
+    if fusion.select != 1 or fusion.noise == "gumbel_always":
+        return None
     modules: dict[str, Any] = fusion._modules
     gate, branches = modules["gate"], list(modules["branches"]._modules.values())
     num_rows = _num_rows(inputs)

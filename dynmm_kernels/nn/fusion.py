@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch, as_branch
+from .decisions import TopOne, forced, selection_of
 from .execution import Learning, run_everywhere, run_routed
 from .flat import run_flat
-from .gates import forced, gumbel_like, one_hot, straight_through
 from .routing import Routing
 from .settings import Settings
 
@@ -33,11 +32,17 @@ class RoutedFusion(Settings):
             that of masked execution; the samples a branch was not chosen for run through it without
             a graph. "selected": from the chosen branch alone; cheapest, biased. "none": none.
         temperature: of the softmax.
-        noise: None, or "gumbel" to sample the choice (DynMM eq. 3) while training.
+        noise: None; "gumbel" to sample the choice (DynMM eq. 3) while training; "gumbel_always" to
+            sample it in eval, too.
+        select: how many branches a sample takes. 1: that of the largest logit. k: those of the k
+            largest, weighted by the softmax over these k (mixture of experts; `gate_grad`
+            "selected" and "straight_through" are then the same). "multi_hot": every branch whose
+            logit is positive, unweighted and summed, with the straight-through gradient of the
+            sigmoid (AdaMML); none: zeros.
         batch_norm: what a branch with train-mode BatchNorm does when routed. "masked": it runs on
             the whole batch, which is exact. "subset": on its own samples, whose statistics differ.
 
-    All five may be changed between calls; parameters and state_dict are the same in every mode.
+    All six may be changed between calls; parameters and state_dict are the same in every mode.
     """
 
     def __init__(
@@ -49,9 +54,11 @@ class RoutedFusion(Settings):
         gate_grad: str = "straight_through",
         temperature: float = 1.0,
         noise: str | None = None,
+        select: int | str = 1,
         batch_norm: str = "masked",
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm)
+        self.select = select
         named = branches.items() if isinstance(branches, Mapping) else enumerate(branches)
         self.gate = as_branch(gate, "gate")
         self.branches = nn.ModuleList(as_branch(module, str(name)) for name, module in named)
@@ -60,11 +67,13 @@ class RoutedFusion(Settings):
             raise ValueError("RoutedFusion: branches is empty; give at least one module")
         if len(set(names)) < len(names):
             raise ValueError(f"RoutedFusion: branch names must differ; got {names}")
+        if isinstance(select, int) and select > len(names):
+            raise ValueError(f"RoutedFusion: select={select} of only {len(names)} branches")
 
     def forward(
         self,
         *inputs: Any,
-        choice: int | Tensor | None = None,
+        choice: int | str | Tensor | None = None,
         return_routing: bool = False,
         generator: torch.Generator | None = None,
     ) -> Any:
@@ -75,8 +84,9 @@ class RoutedFusion(Settings):
                 dicts. `Shared` and `Lazy` mark what is not gathered, or only fetched when needed.
             choice: forces a hard decision, in any mode, and the gate is not run. An int: that
                 branch for all. A LongTensor [N]: one per sample, -1 for none (zero output).
+                "random": each equally likely (DynMM's Stage I). "uniform": the mean of all.
             return_routing: also return the `Routing`.
-            generator: for the gate noise.
+            generator: for the gate noise, and for random choices.
 
         Raises:
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
@@ -88,30 +98,38 @@ class RoutedFusion(Settings):
                 return output
         batch = Arguments(inputs, "RoutedFusion inputs")
         branches: list[Branch] = list(self._modules["branches"]._modules.values())  # type: ignore[union-attr,arg-type]
-        dense = self.execution == "dense" and choice is None
-        learning = probs = None
+        selection = TopOne() if choice is not None else selection_of(self.select)
+        uniform = isinstance(choice, str) and choice == "uniform"
+        dense = uniform or (self.execution == "dense" and choice is None)
+        learning = probs = weights = None
         gate_cost = 0.0
         if choice is None:
-            logits = self._ask_gate(batch, len(branches), generator)
-            choice, plan = self._decide(logits)
+            logits = self._ask_gate(batch, len(branches), selection, generator)
+            choice, plan = selection.decide(logits)
             learns = self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
-            if learns or dense or return_routing:
-                probs = (logits / self.temperature).softmax(1)
+            if learns or dense or return_routing or self.select != 1:
+                probs = selection.probs(logits, self.temperature)
                 gate_cost = self.gate.cost or 0.0
-                learning = Learning(self.gate_grad, probs, choice) if learns else None
+                weights = selection.soft_weights(choice, probs if learns else probs.detach())
+                if learns and weights is None:
+                    selected = selection.selected(choice, len(branches))
+                    learning = Learning(self.gate_grad, probs, selected)
         else:
             device = batch.tensors()[0].device if batch.num_rows is not None else None
-            choice = forced(choice, "choice", len(branches), batch.num_rows, device)
+            choice = 0 if uniform else choice
+            choice = forced(choice, "choice", len(branches), batch.num_rows, device, generator)
             plan = F.route(choice, len(branches))
+            if uniform:
+                probs = torch.full((plan.num_rows, len(branches)), 1 / len(branches), device=device)
 
         if dense and probs is not None:
             output, rows_run = run_everywhere(branches, batch, probs, soft=True)
         elif self.execution == "masked" or not any(plan.counts):
-            weights = _hard_weights(choice, probs, learning, len(branches))
-            output, rows_run = run_everywhere(branches, batch, weights, soft=False)
+            hard = self._hard_weights(selection, choice, probs, learning, weights)
+            output, rows_run = run_everywhere(branches, batch, hard, soft=weights is not None)
         else:
             subset_norm = self.batch_norm == "subset"
-            output, rows_run = run_routed(branches, batch, plan, learning, subset_norm)
+            output, rows_run = run_routed(branches, batch, plan, learning, subset_norm, weights)
         if not return_routing:
             return output
         costs = tuple(branch.cost for branch in branches if branch.cost is not None)
@@ -123,34 +141,46 @@ class RoutedFusion(Settings):
             rows_run=rows_run,
             costs=costs if len(costs) == len(branches) else None,
             gate_cost=gate_cost,
+            selection=selection,
         )
 
     def _ask_gate(
-        self, batch: Arguments, num_branches: int, generator: torch.Generator | None
+        self,
+        batch: Arguments,
+        num_branches: int,
+        selection: TopOne,
+        generator: torch.Generator | None,
     ) -> Tensor:
         """Logits [N, B], with noise where that is wanted."""
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
         logits = gate.call(gate.arguments(batch).whole(batch.num_rows))
         F.check_logits(logits, batch.num_rows, num_branches)
-        if self.noise == "gumbel" and self.training:
-            return logits + gumbel_like(logits, generator)
-        return logits
+        return logits + selection.noise(logits, generator) if self.draws else logits
 
-    def _decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
-        """The choice int64 [N] and its plan; the check of the logits rides on the counts."""
-        choice, plan = F.route_argmax(logits.detach() if logits.requires_grad else logits)
-        F.check_faults(logits, plan.host_header)
-        return choice, plan
+    def _hard_weights(
+        self,
+        selection: TopOne,
+        choice: Tensor,
+        probs: Tensor | None,
+        learning: Learning | None,
+        soft_weights: Tensor | None,
+    ) -> Tensor:
+        """[N, B]: of the chosen branches, with the gradient that `gate_grad` asks for."""
+        if soft_weights is not None:
+            weights = soft_weights.new_zeros(len(choice), len(self.branches))
+            return weights.scatter(1, choice, soft_weights)
+        if learning is None:
+            dtype = torch.float32 if probs is None else probs.dtype
+            return selection.selected(choice, len(self.branches)).to(dtype)
+        weights = selection.weights(choice, learning.probs)
+        if learning.mode == "selected":
+            return torch.where(learning.selected, weights, 0)
+        return weights
 
-
-def _hard_weights(
-    choice: Tensor, probs: Tensor | None, learning: Learning | None, num_branches: int
-) -> Tensor:
-    """[N, B] zeros and ones, with the gradient that `gate_grad` asks for."""
-    if learning is None:
-        dtype = torch.float32 if probs is None else probs.dtype
-        return one_hot(choice, num_branches, dtype)
-    weights = straight_through(choice, learning.probs)
-    if learning.mode == "selected":
-        return torch.where(weights.detach() == 0, 0, weights)
-    return weights
+    def __setattr__(self, name: str, value: Any) -> None:
+        number = type(value) is int and value >= 1
+        if name == "select" and not (number or value == "multi_hot"):
+            raise ValueError(
+                f"RoutedFusion: select must be a number of branches or 'multi_hot'; got {value!r}"
+            )
+        super().__setattr__(name, value)

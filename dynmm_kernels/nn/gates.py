@@ -1,61 +1,66 @@
-"""From logits to decisions: gate noise, hard weights and their straight-through gradient."""
+"""Gates ready to use, and the temperature they are trained with. Any module can be a gate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_MEASURES = ("probability", "entropy", "energy")
 
 
-def gumbel_like(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits).
+class ConfidenceGate(nn.Module):
+    """Stops where a predictor is confident: logits [N, 2], column 0 to stop, column 1 to go on.
 
-    Drawn in fp32 at least, so that a half-precision uniform never rounds to 0 or 1.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    exponential = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    return -exponential.exponential_(generator=generator).log_().to(logits.dtype)
-
-
-def one_hot(choice: Tensor, num_branches: int, dtype: torch.dtype) -> Tensor:
-    """[N, B]: one in the chosen column; a row of zeros where the choice is -1."""
-    columns = torch.arange(num_branches, device=choice.device)
-    return (choice.unsqueeze(1) == columns).to(dtype)
-
-
-def straight_through(choice: Tensor, probs: Tensor) -> Tensor:
-    """[N, B]: exactly one-hot, with the gradient of `probs` (DynMM's hard gate).
-
-    onehot - stopgrad(p) + p evaluates to exactly 0 and 1 in this order of operations.
-    """
-    return one_hot(choice, probs.shape[1], probs.dtype) - probs.detach() + probs
-
-
-def forced(
-    choice: Any, name: str, num_choices: int, num_rows: int | None, device: torch.device | None
-) -> Tensor:
-    """A forced decision, called `name` in messages, as int64 [N]; values of a tensor unchecked.
+    For a `RoutedFusion` of a cheap branch and a costly one, or as a gate of `ChainedFusion`, whose
+    column 0 drops a sample too.
 
     Args:
-        choice: an int in 0..num_choices-1, the same for all samples; or an integer tensor [N].
-        num_rows: N; None where the inputs do not tell.
-
-    Raises:
-        ValueError: out of range, or another shape. TypeError: anything else.
+        predictor: called like the gate; returns class scores [N, C].
+        threshold: of the measure.
+        measure: "probability": the largest softmax probability, confident from the threshold up.
+            "energy": logsumexp of the scores, likewise. "entropy": of the softmax, in nats,
+            confident up to the threshold.
     """
-    if isinstance(choice, int) and not isinstance(choice, bool):
-        if not 0 <= choice < num_choices:
-            raise ValueError(
-                f"{name} must be in 0..{num_choices - 1} (or a LongTensor [N]); got {choice}"
-            )
-        if num_rows is None:
-            raise ValueError(f"{name}: the inputs hold no tensor, so give a LongTensor [N]")
-        return torch.full((num_rows,), choice, device=device)
-    if not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
-        got = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
-        raise TypeError(f"{name} must be an int or a LongTensor [N]; got {got}")
-    if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
-        size = "N" if num_rows is None else num_rows
-        raise ValueError(f"{name} must have shape [{size}]; got {list(choice.shape)}")
-    return choice.long()
+
+    def __init__(
+        self, predictor: nn.Module, threshold: float, measure: str = "probability"
+    ) -> None:
+        super().__init__()
+        if measure not in _MEASURES:
+            wanted = ", ".join(map(repr, _MEASURES))
+            raise ValueError(f"ConfidenceGate: measure must be one of {wanted}; got {measure!r}")
+        self.predictor = predictor
+        self.threshold = threshold
+        self.measure = measure
+
+    def forward(self, *inputs: Any) -> Tensor:
+        scores = self.predictor(*inputs)
+        if self.measure == "probability":
+            margin = scores.softmax(1).amax(1) - self.threshold
+        elif self.measure == "energy":
+            margin = scores.logsumexp(1) - self.threshold
+        else:
+            logarithms = scores.log_softmax(1)
+            margin = self.threshold + torch.special.xlogy(logarithms.exp(), logarithms.exp()).sum(1)
+        return torch.stack([margin, -margin], 1)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, measure={self.measure!r}"
+
+
+def exponential_temperature(
+    epoch: int, epochs: int, start: float = 1.0, end: float = 1e-3
+) -> float:
+    """From `start` in epoch 0 to `end` in epoch `epochs`, by the same factor every epoch.
+
+    DynMM anneals its softmax so, from 1 to 0.001 over 500 epochs:
+    `fusion.temperature = exponential_temperature(epoch, 500)`.
+    """
+    if epochs < 1 or start <= 0 or end <= 0:
+        raise ValueError(
+            f"exponential_temperature: wanted epochs >= 1 and positive temperatures; got "
+            f"epochs={epochs}, start={start}, end={end}"
+        )
+    return float(start * (end / start) ** (min(epoch, epochs) / epochs))

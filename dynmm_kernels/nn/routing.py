@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..plan import RoutingPlan
-from .gates import one_hot, straight_through
+from .decisions import TopOne
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,14 +16,17 @@ class Routing:
     """The decision behind one output of `RoutedFusion`.
 
     Attributes:
-        choice: int64 [N], the branch of each sample (-1: none); None in dense execution.
-        probs: [N, B], the gate's softmax, with its graph; None where the choice was forced.
+        choice: int64 [N], the branch of each sample (-1: none); with `select=k` int64 [N, k], with
+            "multi_hot" bool [N, B]; None in dense execution.
+        probs: [N, B], the gate's softmax ("multi_hot": sigmoid), with its graph; None where the
+            choice was forced.
         plan: the `RoutingPlan`; None in dense execution.
         rows_run: rows each branch processed in the forward pass: all N in dense and masked
             execution; its own rows when routed, plus the complement that the exact
             straight-through gradient runs without a graph.
         costs: cost per sample of each branch, or None where a branch has none.
         gate_cost: cost per sample of the gate; 0 where unknown or not run.
+        selection: the rule that made `choice` out of logits.
     """
 
     choice: Tensor | None
@@ -33,20 +36,21 @@ class Routing:
     rows_run: tuple[int, ...]
     costs: tuple[float, ...] | None
     gate_cost: float = 0.0
+    selection: TopOne = field(default_factory=TopOne, repr=False)
 
     @property
     def weights(self) -> Tensor:
         """[N, B]: what multiplies the branches, with its gradient.
 
-        The softmax in dense execution; else the one-hot choice, carrying the straight-through
-        gradient where there is a gate.
+        `probs` in dense execution; else that of the chosen branches, carrying the
+        straight-through gradient where there is a gate.
         """
         if self.choice is None:
             assert self.probs is not None  # dense always has probabilities
             return self.probs
         if self.probs is None:
-            return one_hot(self.choice, len(self.rows_run), torch.float32)
-        return straight_through(self.choice, self.probs)
+            return self.selection.selected(self.choice, len(self.rows_run)).float()
+        return self.selection.weights(self.choice, self.probs)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -54,6 +58,13 @@ class Routing:
         if self.plan is None:
             return (self.num_rows,) * len(self.rows_run)
         return self.plan.counts
+
+    @property
+    def device_counts(self) -> Tensor | None:
+        """`counts` as int64 [B] on the device, without waiting for it; None in dense execution."""
+        if self.plan is None:
+            return None
+        return self.plan.header[:-2].long().diff()
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -112,6 +123,12 @@ class DepthRouting(Routing):
         if self.plan is None:
             return (*(0,) * (len(self.rows_run) - 1), self.num_rows)
         return self.plan.counts[::-1]
+
+    @property
+    def device_counts(self) -> Tensor | None:
+        """`counts` as int64 [1 + L] on the device; None in dense execution."""
+        counts = super().device_counts
+        return None if counts is None else counts.flip(0)
 
     @property
     def expected_cost(self) -> Tensor | None:

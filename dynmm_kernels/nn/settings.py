@@ -9,7 +9,7 @@ from torch import nn
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "execution": ("auto", "dense", "masked", "routed"),
     "gate_grad": ("straight_through", "selected", "none"),
-    "noise": (None, "gumbel"),
+    "noise": (None, "gumbel", "gumbel_always"),
     "batch_norm": ("masked", "subset"),
 }
 
@@ -40,6 +40,11 @@ class Settings(nn.Module):
         if name == "temperature" and not (isinstance(value, (int, float)) and value > 0):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
         super().__setattr__(name, value)
+
+    @property
+    def draws(self) -> bool:
+        """Whether decisions are sampled now."""
+        return self.noise == "gumbel_always" or (self.noise == "gumbel" and self.training)
 
     def extra_repr(self) -> str:
         return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"

@@ -13,8 +13,8 @@ from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
 from .branch import Branch
+from .decisions import forced, gumbel_like, one_hot, straight_through
 from .execution import Learning, apart, blend
-from .gates import forced, gumbel_like, one_hot, straight_through
 from .prefix import Cell, Prefix, Stage, make_stages
 from .routing import DepthRouting
 from .settings import Settings
@@ -87,7 +87,7 @@ class StackFusion(Settings):
         main: Tensor,
         aux: Tensor,
         *,
-        depth: int | Tensor | None = None,
+        depth: int | str | Tensor | None = None,
         stages: Sequence[int] = (),
         return_routing: bool = False,
         generator: torch.Generator | None = None,
@@ -97,11 +97,13 @@ class StackFusion(Settings):
         Args:
             main, aux: [N, ...] each, what the first stages read.
             depth: forces the decision, in any mode, and no gate is run. An int: that depth for
-                all. A LongTensor [N]: one per sample, in 0..L.
+                all. A LongTensor [N]: one per sample, in 0..L. "random": each equally likely
+                (DynMM's Stage I). "uniform": every stage on every sample, fused by the mean
+                weight of equally likely depths.
             stages: numbers in 1..L. Their outputs after fusion are wanted as well; only these are
                 put back in sample order.
             return_routing: also return the `DepthRouting`.
-            generator: for the gate noise.
+            generator: for the gate noise, and for random depths.
 
         Returns:
             The output [N, ...]; with `stages`, a pair of it and the list of their outputs. With
@@ -121,8 +123,11 @@ class StackFusion(Settings):
         run = Run((main, aux), self._cells(), {*stages, last}, return_routing)
         if depth is None:
             self._run_gated(run, generator)
+        elif isinstance(depth, str) and depth == "uniform":
+            run.probs = probs = main.new_full((main.shape[0], last + 1), 1 / (last + 1))
+            self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)
         else:
-            run.depth = forced(depth, "depth", last + 1, main.shape[0], main.device)
+            run.depth = forced(depth, "depth", last + 1, main.shape[0], main.device, generator)
             run.plan = levels.route_descending(run.depth, last + 1)
             levels.check_levels(run.plan, run.depth, "depth")
             self._run_to_depth(run, run.depth, run.plan)
@@ -198,7 +203,7 @@ class StackFusion(Settings):
         """Logits [n, C], with noise where that is wanted."""
         logits = gate.call(gate.select((main, aux)))
         F.check_logits(logits, main.shape[0], num_columns, f"{gate.name}")
-        if self.noise == "gumbel" and self.training:
+        if self.draws:
             return logits + gumbel_like(logits, generator)
         return logits
 
