@@ -104,7 +104,7 @@ class PyramidPooling(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(last stage, skips of stages 1, 2 and 3) -> logits at 32 times the last stage's size."""
+    """(last stage, skips of stages 1, 2 and 3) -> logits at 4 times the size of the first."""
 
     def __init__(self, encoder: list[int], widths: list[int]):
         super().__init__()
@@ -131,7 +131,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
         x = self.context(x)
         for block, project, skip in zip(self.blocks, self.skips, skips[::-1], strict=True):
-            x = block(x) + project(skip)
+            height, width = skip.shape[2:]  # an odd size was rounded up on its way down
+            x = block(x)[:, :, :height, :width] + project(skip)
         return self.head(x)
 
 
