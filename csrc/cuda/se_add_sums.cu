@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stop = kLast ? pixels : (begin + pixels + kValues - 1) / kValues;
   int64_t i = (kLast ? 0 : begin / kValues) + static_cast<int64_t>(blockIdx.y) * kLanes + lane;
   A sum[kSums][kOut] = {};
+#pragma unroll 2
   for (; column < columns && i < stop; i += static_cast<int64_t>(gridDim.y) * kLanes) {
     const int64_t at = kLast ? i * channels + channel : i * kValues;
     Unit<T, kValues> x = maps.template unit<kValues>(n, at), y, z;
@@ -35,8 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kDots) z = aux.template unit<kValues>(n, at);
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
-      if (!kLast && static_cast<uint64_t>(at + v - begin) >= static_cast<uint64_t>(pixels))
-        continue;
+      if (!kLast && (at + v < begin || at + v >= begin + pixels)) continue;
       const A value = static_cast<A>(x.value[v]);
       sum[0][v % kOut] += kDots ? value * static_cast<A>(y.value[v]) : value;
       if constexpr (kDots) sum[1][v % kOut] += value * static_cast<A>(z.value[v]);
