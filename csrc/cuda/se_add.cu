@@ -45,25 +45,28 @@ template <class T, int kValues, bool kLast, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads)
     scale_and_add(const __grid_constant__ Tiling tiling, Maps<T> main, Maps<T> aux,
                   const A* main_scale, const A* aux_scale, int64_t rows, int64_t active,
-                  int64_t channels, int64_t pixels, Maps<T> out) {
+                  int64_t channels, int64_t pixels, Unit<T, kValues>* out) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     int64_t n, unit;
     if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
-    const int64_t at = unit * kValues;
-    Unit<T, kValues> x = main.template unit<kValues>(n, at);
-    if (n < active) {
-      const Unit<T, kValues> y = aux.template unit<kValues>(n, at);
-      A s[kValues], t[kValues];
-      factors_of<kLast>(main_scale + n * channels, channels, pixels, at, s);
-      factors_of<kLast>(aux_scale + n * channels, channels, pixels, at, t);
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) {
-        const A product = s[v] * static_cast<A>(x.value[v]);
-        x.value[v] = static_cast<T>(product + t[v] * static_cast<A>(y.value[v]));
-      }
+    const int64_t at = unit * kValues, to = n * tiling.units + unit;
+    const Unit<T, kValues> x = main.template unit<kValues>(n, at);
+    if (n >= active) {
+      out[to] = x;
+      continue;
     }
-    out.template unit<kValues>(n, at) = x;
+    const Unit<T, kValues> y = aux.template unit<kValues>(n, at);
+    A s[kValues], t[kValues];
+    factors_of<kLast>(main_scale + n * channels, channels, pixels, at, s);
+    factors_of<kLast>(aux_scale + n * channels, channels, pixels, at, t);
+    Unit<T, kValues> total;
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) {
+      const A product = s[v] * static_cast<A>(x.value[v]);
+      total.value[v] = static_cast<T>(product + t[v] * static_cast<A>(y.value[v]));
+    }
+    out[to] = total;
   }
 }
 
@@ -87,20 +90,22 @@ template <class T, int kValues, bool kLast, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads)
     both_grads(const __grid_constant__ Tiling tiling, Maps<T> grad, const A* main_scale,
                const A* aux_scale, const A* main_shift, const A* aux_shift, int64_t rows,
-               int64_t active, int64_t channels, int64_t pixels, Maps<T> main, Maps<T> aux) {
+               int64_t active, int64_t channels, int64_t pixels, Unit<T, kValues>* main,
+               Unit<T, kValues>* aux) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     int64_t n, unit;
     if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
-    const int64_t at = unit * kValues, of = n * channels;
-    Unit<T, kValues> x = grad.template unit<kValues>(n, at);
-    if (n < active) {
-      aux.template unit<kValues>(n, at) = scaled_and_shifted<T, kValues, kLast>(
-          x, aux_scale + of, aux_shift + of, channels, pixels, at);
-      x = scaled_and_shifted<T, kValues, kLast>(x, main_scale + of, main_shift + of, channels,
-                                                pixels, at);
+    const int64_t at = unit * kValues, to = n * tiling.units + unit, of = n * channels;
+    const Unit<T, kValues> x = grad.template unit<kValues>(n, at);
+    if (n >= active) {
+      main[to] = x;
+      continue;
     }
-    main.template unit<kValues>(n, at) = x;
+    main[to] = scaled_and_shifted<T, kValues, kLast>(x, main_scale + of, main_shift + of, channels,
+                                                     pixels, at);
+    aux[to] = scaled_and_shifted<T, kValues, kLast>(x, aux_scale + of, aux_shift + of, channels,
+                                                    pixels, at);
   }
 }
 
@@ -114,10 +119,11 @@ Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
   const int64_t rows = main.size(0), active = aux.size(0);
   const Tensor out = layout.empty(main, rows);
   if (rows == 0 || layout.numel() == 0) return out;
-  const Samples m(main, layout), a(aux, layout), to(out, layout);
+  const Samples m(main, layout), a(aux, layout);
   const Tensor s = as_contiguous(main_scale), t = as_contiguous(aux_scale);
-  const uint64_t bits = m.bits | a.bits | to.bits | address_bits(s.const_data_ptr()) |
-                        address_bits(t.const_data_ptr());
+  void* to = out.mutable_data_ptr();
+  uint64_t bits = m.bits | a.bits | address_bits(to);
+  for (const Tensor& of : {s, t}) bits |= address_bits(of.const_data_ptr());
   visit_floating(main.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     visit_access<T>(layout, bits, [&](auto values, auto last) {
@@ -127,7 +133,7 @@ Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
       const auto blocks = static_cast<unsigned>(tiling.blocks);
       scale_and_add<T, kValues, kLast><<<blocks, kThreads, 0, stream>>>(
           tiling, m.maps<T>(), a.maps<T>(), factors<T>(s), factors<T>(t), rows, active,
-          layout.channels, layout.pixels, to.maps<T>());
+          layout.channels, layout.pixels, static_cast<Unit<T, kValues>*>(to));
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -143,10 +149,11 @@ std::tuple<Tensor, Tensor> se_add_grads(const Tensor& grad, const Tensor& main_s
   const int64_t rows = grad.size(0), active = main_scale.size(0);
   const Tensor main = layout.empty(grad, rows), aux = layout.empty(grad, active);
   if (rows == 0 || layout.numel() == 0) return {main, aux};
-  const Samples g(grad, layout), to_main(main, layout), to_aux(aux, layout);
+  const Samples g(grad, layout);
   const Tensor s = as_contiguous(main_scale), t = as_contiguous(aux_scale);
   const Tensor u = as_contiguous(main_shift), v = as_contiguous(aux_shift);
-  uint64_t bits = g.bits | to_main.bits | to_aux.bits;
+  void *to_main = main.mutable_data_ptr(), *to_aux = aux.mutable_data_ptr();
+  uint64_t bits = g.bits | address_bits(to_main) | address_bits(to_aux);
   for (const Tensor& of : {s, t, u, v}) bits |= address_bits(of.const_data_ptr());
   visit_floating(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -157,7 +164,8 @@ std::tuple<Tensor, Tensor> se_add_grads(const Tensor& grad, const Tensor& main_s
       const auto blocks = static_cast<unsigned>(tiling.blocks);
       both_grads<T, kValues, kLast><<<blocks, kThreads, 0, stream>>>(
           tiling, g.maps<T>(), factors<T>(s), factors<T>(t), factors<T>(u), factors<T>(v), rows,
-          active, layout.channels, layout.pixels, to_main.maps<T>(), to_aux.maps<T>());
+          active, layout.channels, layout.pixels, static_cast<Unit<T, kValues>*>(to_main),
+          static_cast<Unit<T, kValues>*>(to_aux));
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
