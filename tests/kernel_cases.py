@@ -29,7 +29,10 @@ ROWS = (0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 16384, 16385, 65537)
 NUMELS = (1, 3, 8, 1024, 40_000)
 # Maps [N, C, ...], and whether channels come last: no pixel, one, and more than one block's share;
 # pixels and channels in and out of step with accesses of 16 bytes.
-CONTIGUOUS_MAPS = ((3, 5), (2, 16), (3, 5, 7), (0, 3, 2), (2, 3, 0), (2, 0, 2, 2), (2, 8, 1, 1))
+CONTIGUOUS_MAPS = (
+    *((3, 5), (2, 16), (3, 5, 7), (2, 16, 3)),
+    *((0, 3, 2), (2, 3, 0), (2, 0, 2, 2), (2, 8, 1, 1)),
+)
 MAPS = (
     *((shape, False) for shape in CONTIGUOUS_MAPS),
     *(

@@ -33,7 +33,9 @@ library.define(
     "combine_rows(Tensor[] outputs, int[] starts, Tensor inverse, Tensor? weights=None) -> Tensor"
 )
 library.define("row_dots(Tensor rows, Tensor[] outputs, int[] starts, Tensor inverse) -> Tensor")
-library.define("se_add(Tensor main, Tensor aux, Tensor main_scale, Tensor aux_scale) -> Tensor")
+library.define(
+    "se_add(Tensor main, Tensor aux, Tensor main_scale, Tensor aux_scale) -> Tensor"
+)
 library.define("se_add_means(Tensor maps) -> Tensor")
 library.define("se_add_dots(Tensor grad, Tensor main, Tensor aux) -> (Tensor, Tensor)")
 library.define(
