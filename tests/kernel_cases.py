@@ -4,6 +4,7 @@ Each check takes `run(op, *arguments)`, which runs an op on CPU tensors in its o
 with the reference: bit for bit where rows only move.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,20 @@ Run = Callable[..., Any]
 
 ROWS = (0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 16384, 16385, 65537)
 NUMELS = (1, 3, 8, 1024, 40_000)
+# Maps [N, C, ...], and whether channels come last: no pixel, one, and more than one block's share;
+# pixels and channels in and out of step with accesses of 16 bytes.
+CONTIGUOUS_MAPS = (
+    *((3, 5), (2, 16), (3, 5, 7), (2, 16, 3)),
+    *((0, 3, 2), (2, 3, 0), (2, 0, 2, 2), (2, 8, 1, 1)),
+)
+MAPS = (
+    *((shape, False) for shape in CONTIGUOUS_MAPS),
+    *(
+        (shape, last)
+        for shape in ((3, 16, 5, 6), (2, 7, 4, 4), (2, 24, 3, 2, 5), (1, 8, 67, 65))
+        for last in (False, True)
+    ),
+)
 
 
 def reference(op: str, *arguments: Any) -> Any:
@@ -39,12 +54,17 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
     assert row_bytes(got.cpu().reshape(1, -1)) == row_bytes(wanted.reshape(1, -1))
 
 
-def check_moves(run: Run, op: str, *arguments: Any) -> None:
-    """The op's results, one or several, are the reference's bit for bit."""
+def results(run: Run, op: str, *arguments: Any) -> list[tuple[Tensor, Tensor]]:
+    """What `run` and what the reference makes of the arguments, result by result."""
     got, wanted = run(op, *arguments), reference(op, *arguments)
     if isinstance(wanted, Tensor):
         got, wanted = [got], [wanted]
-    for ours, theirs in zip(got, wanted, strict=True):
+    return list(zip(got, wanted, strict=True))
+
+
+def check_moves(run: Run, op: str, *arguments: Any) -> None:
+    """The op's results, one or several, are the reference's bit for bit."""
+    for ours, theirs in results(run, op, *arguments):
         assert_same(ours, theirs)
 
 
@@ -136,3 +156,48 @@ def check_arithmetic(run: Run, dtype: torch.dtype, numel: int) -> None:
         torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=4 * scale * eps)
     if not dtype.is_complex:
         check_moves(run, "combine_rows", [values(starts[-1])], [0], inverse, None)
+
+
+def placed(maps: Tensor, offset: int, gap: int) -> Tensor:
+    """The same maps `offset` elements into their storage, `gap` elements between two samples."""
+    distance = math.prod(maps.shape[1:]) + gap
+    storage = maps.new_zeros(offset + maps.shape[0] * distance)
+    strides = (distance, *maps.stride()[1:])
+    return storage.as_strided(maps.shape, strides, offset).copy_(maps)
+
+
+def check_se_add(
+    run: Run, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, active: int
+) -> None:
+    """The same bits where maps are scaled; where they are summed, within a few roundings.
+
+    Samples behind the active ones hold any bits: they move, and no sum reads them.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats[len(shape)] if channels_last else torch.contiguous_format
+    wide, pixels = ops.weight_dtype(dtype), math.prod(shape[2:])
+
+    def maps(rows: int) -> Tensor:
+        head = random_values((active, *shape[1:]), dtype)
+        tail = random_bits((rows - active, *shape[1:]), dtype)
+        return torch.cat([head, tail]).contiguous(memory_format=memory_format)
+
+    tensors = [maps(rows) for rows in (shape[0], shape[0], shape[0] + 1, shape[0])]
+    factors = torch.randn(4, active, shape[1], dtype=wide)
+    rounding = 8 * torch.finfo(wide).eps * pixels**0.5
+    for offset, gap in ((0, 0), (0, 16), (1, 0), (0, 1)):
+        grad, main, longer, aux = (placed(tensor, offset, gap) for tensor in tensors)
+        aux = aux[:active]
+        for op, arguments in (
+            ("se_add", (main, aux, *factors[:2])),
+            ("se_add_grads", (grad, *factors)),
+        ):
+            for ours, theirs in results(run, op, *arguments):
+                assert_same(ours, theirs)
+                assert ours.stride() == theirs.stride()
+        for op, arguments, atol in (
+            ("se_add_means", (aux,), rounding / max(pixels, 1)),
+            ("se_add_dots", (grad, longer, aux), rounding),
+        ):
+            for ours, theirs in results(run, op, *arguments):
+                torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=atol, equal_nan=True)

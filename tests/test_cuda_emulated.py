@@ -63,5 +63,12 @@ def test_arithmetic(run, dtype, numel):
     cases.check_arithmetic(run, dtype, numel)
 
 
+@pytest.mark.parametrize(("shape", "channels_last"), cases.MAPS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_se_add(run, dtype, shape, channels_last):
+    for active in {0, min(1, shape[0]), shape[0]}:
+        cases.check_se_add(run, dtype, shape, channels_last, active)
+
+
 def test_many_outputs(run):
     cases.check_many_outputs(run, 300)

@@ -37,12 +37,13 @@ def to_gpu(argument):
 
 
 def on_device(tensor: Tensor) -> Tensor:
-    """The tensor on the GPU with the strides it has."""
+    """The tensor on the GPU with the strides and the alignment it has."""
     if tensor.numel() == 0:
         return tensor.cuda()
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    flat = tensor.as_strided((reach,), (1,), tensor.storage_offset())
-    return flat.cuda().as_strided(tensor.shape, tensor.stride())
+    offset = tensor.storage_offset()
+    storage = tensor.as_strided((offset + reach,), (1,), 0).cuda()
+    return storage.as_strided(tensor.shape, tensor.stride(), offset)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 8, 256])
@@ -82,6 +83,13 @@ def test_sizes(backend, rows, numel):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64])
 def test_arithmetic(backend, dtype, numel):
     cases.check_arithmetic(run, dtype, numel)
+
+
+@pytest.mark.parametrize(("shape", "channels_last"), cases.MAPS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_se_add(backend, dtype, shape, channels_last):
+    for active in {0, min(1, shape[0]), shape[0]}:
+        cases.check_se_add(run, dtype, shape, channels_last, active)
 
 
 def test_many_outputs(backend):

@@ -10,6 +10,7 @@ import math
 import os
 from itertools import pairwise
 
+import kernel_cases as cases
 import pytest
 import torch
 from tensors import DTYPES, LAYOUTS, random_bits, random_selection, random_values, row_bytes
@@ -264,6 +265,16 @@ def test_no_output_has_rows():
     check_combine(outputs, [0, 0], inverse)
     check_combine(outputs, [0, 0], inverse[:, :1])
     check_dots(torch.randn(5, 3), outputs, [0, 0], inverse)
+
+
+@pytest.mark.parametrize(("shape", "channels_last"), cases.MAPS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_se_add(dtype, shape, channels_last):
+    def run(op: str, *arguments):
+        return getattr(ops, op)(*arguments)
+
+    for active in {0, min(1, shape[0]), shape[0]}:
+        cases.check_se_add(run, dtype, shape, channels_last, active)
 
 
 def test_conjugate_and_negative_views():

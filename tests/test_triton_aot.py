@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block can have
-OPS = ("gather_rows", "combine_rows", "row_dots", "route")
+OPS = ("gather_rows", "combine_rows", "row_dots", "route", "se_add", "se_add_sums")
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -118,6 +118,24 @@ def run_all() -> None:
     for tile in configs.ARGMAX:
         ops.route_argmax(torch.zeros(64, tile.units, dtype=torch.bfloat16))
     ops.route_argmax(torch.zeros(64, 300, dtype=torch.float64))
+    for tile in (*configs.SUM, *configs.DOT):
+        se_add(torch.zeros(4, 3, tile.units, dtype=torch.bfloat16))
+    for tile in configs.SPAN:
+        maps = torch.zeros(4, tile.units, 8, 8, dtype=torch.float16)
+        se_add(maps.contiguous(memory_format=torch.channels_last))
+    for dtype in (torch.float32, torch.float64):
+        maps = torch.zeros(4, 1024, 2, 3, dtype=dtype)
+        se_add(maps.contiguous(memory_format=torch.channels_last))
+        se_add(torch.zeros(4, 3, 1000, dtype=dtype))
+
+
+def se_add(maps: torch.Tensor, active: int = 2) -> None:
+    """All four ops on samples of which the first few are active."""
+    factors = [torch.zeros(active, maps.shape[1], dtype=reference.weight_dtype(maps.dtype))] * 4
+    ops.se_add(maps, maps[:active], *factors[:2])
+    ops.se_add_grads(maps, *factors)
+    ops.se_add_means(maps[:active])
+    ops.se_add_dots(maps, maps, maps[:active])
 
 
 def wanted_configs() -> set[tuple]:
@@ -127,6 +145,9 @@ def wanted_configs() -> set[tuple]:
         "sum_tile": configs.SUM,
         "dot_tile": configs.DOT,
         "argmax_tile": configs.ARGMAX,
+        "scale_and_add": configs.SUM,
+        "both_grads": configs.SUM,
+        "channel_sums": (*configs.DOT, *configs.SPAN),
     }
     tiles = {(kernel, t.rows, t.units) for kernel, table in tables.items() for t in table}
     entries = (configs.ROUTE_ENTRIES, configs.ROUTE_BRANCHES)
@@ -161,7 +182,13 @@ def test_kernels_stay_in_registers_and_shared_memory(compiled, tmp_path):
         assert kernel.metadata.shared <= SHARED_MEMORY[compiled.arch], name
 
 
-@pytest.mark.parametrize("kernel", ["gather_tile", "move_tile", "sum_tile", "dot_tile"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        *("gather_tile", "move_tile", "sum_tile", "dot_tile"),
+        *("scale_and_add", "both_grads", "channel_sums"),
+    ],
+)
 def test_long_aligned_rows_are_read_16_bytes_at_a_time(compiled, kernel):
     units = {"gather_tile": 2048, "move_tile": 2048}.get(kernel, 1024)
     found = [
@@ -190,8 +217,10 @@ def test_batches_of_other_counts_need_no_other_kernel(tmp_path):
             ops.row_dots(x[:split], outputs, starts, top1[:split])
             ops.route(order[:split], 3)
             ops.route_argmax(x[:split])
+            se_add(x[:split], split)
     names = [name.split()[0] for name in result.kernels]
-    assert sorted(names) == sorted({name for name, *_ in wanted_configs()})
+    wanted = sorted({name for name, *_ in wanted_configs()})
+    assert sorted(names) == sorted([*wanted, "channel_sums"])  # of means and of dots
 
 
 def test_launch_itself_asks_for_that():

@@ -18,7 +18,11 @@ class Tile(NamedTuple):
 MOVE = (Tile(128, 8, 4), Tile(32, 64, 4), Tile(4, 512, 4), Tile(1, 2048, 4))
 SUM = (Tile(128, 8, 4), Tile(16, 64, 4), Tile(2, 512, 4), Tile(1, 1024, 4))
 DOT = (Tile(64, 16, 4), Tile(8, 128, 4), Tile(1, 1024, 4))
+SPAN = (Tile(128, 16, 4), Tile(32, 64, 4))  # pixels x channels of one sample
 ARGMAX = (Tile(128, 8, 4), Tile(16, 64, 4))
+
+SPAN_STEPS = 16  # tiles of pixels that one program sums before more programs are asked for
+SPAN_PARTS = 64
 
 ROUTE_ENTRIES = 128  # per program; the programs of a later launch read one count per branch of each
 ROUTE_BRANCHES = 32  # compared with a tile of entries at a time
