@@ -13,7 +13,6 @@ class MapLayout {
 
   explicit MapLayout(const Tensor& t) {
     const auto sizes = t.sizes();
-    const auto old = t.strides();
     const size_t dims = sizes.size();
     channels = sizes[1];
     pixels = 1;
