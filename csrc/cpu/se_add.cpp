@@ -79,44 +79,67 @@ void copy_samples(const Samples<T>& from, int64_t begin, int64_t end, int64_t nu
   });
 }
 
-// sums[n, c] = scale * sum over pixels of term(n, element).
+// Four terms at a time: the compiler then keeps up with memory.
+template <class F>
+auto four(const F& term, int64_t at, int64_t step) {
+  return (term(at) + term(at + step)) + (term(at + 2 * step) + term(at + 3 * step));
+}
+
+// The sum of term(0..size), short sums at a time.
+template <class A, class F>
+double sum_run(const F& term, int64_t size) {
+  double sum = 0;
+  int64_t i = 0;
+  while (i + 4 * kLanes <= size) {
+    A lane[kLanes] = {};
+    const int64_t stop = std::min(i + kShort * kLanes, size);
+    for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) lane[l] += four(term, i + l, kLanes);
+    }
+    for (int64_t l = 0; l < kLanes; ++l) sum += static_cast<double>(lane[l]);
+  }
+  for (; i < size; ++i) sum += static_cast<double>(term(i));
+  return sum;
+}
+
+// sum[c] = the sum of term(p * channels + c) over the pixels p, for `size` channels.
+template <class A, class F>
+void sum_span(const F& term, int64_t pixels, int64_t channels, int64_t size, double* sum) {
+  std::fill(sum, sum + size, 0.0);
+  int64_t p = 0;
+  while (p + 4 <= pixels) {
+    A part[kSpan] = {};
+    const int64_t stop = std::min(p + kShort, pixels);
+    for (; p + 4 <= stop; p += 4) {
+      for (int64_t c = 0; c < size; ++c) part[c] += four(term, p * channels + c, channels);
+    }
+    for (int64_t c = 0; c < size; ++c) sum[c] += static_cast<double>(part[c]);
+  }
+  for (; p < pixels; ++p) {
+    for (int64_t c = 0; c < size; ++c) sum[c] += static_cast<double>(term(p * channels + c));
+  }
+}
+
+// sums[n, c] = scale * the sum over pixels; terms(n, offset) are those of sample n from there on.
 template <class T, class A, class F>
-void sum_channels(const MapLayout& layout, int64_t rows, double scale, const F& term, A* sums) {
+void sum_channels(const MapLayout& layout, int64_t rows, double scale, const F& terms, A* sums) {
   const int64_t channels = layout.channels, pixels = layout.pixels;
   if (!layout.last) {
     for_runs<T>(layout, rows, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
-      double sum = 0;
-      for (int64_t i = 0; i < size; i += kLanes * kShort) {
-        A lane[kLanes] = {};
-        const int64_t stop = std::min(i + kLanes * kShort, size);
-        int64_t e = i;
-        for (; e + kLanes <= stop; e += kLanes) {
-          for (int64_t l = 0; l < kLanes; ++l) lane[l] += term(n, offset + e + l);
-        }
-        for (int64_t l = 0; e < stop; ++e, ++l) lane[l] += term(n, offset + e);
-        for (int64_t l = 0; l < kLanes; ++l) sum += static_cast<double>(lane[l]);
-      }
-      sums[at] = static_cast<A>(sum * scale);
+      sums[at] = static_cast<A>(sum_run<A>(terms(n, offset), size) * scale);
     });
     return;
   }
   const int64_t spans = (channels + kSpan - 1) / kSpan;
   const int64_t bytes = pixels * kSpan * static_cast<int64_t>(sizeof(T));
   parallel_rows(rows * spans, bytes, [&](int64_t begin, int64_t end) {
+    double sum[kSpan];
     for (int64_t r = begin; r < end; ++r) {
       const int64_t n = r / spans, first = (r - n * spans) * kSpan;
       const int64_t size = std::min(kSpan, channels - first);
-      double sum[kSpan] = {};
-      for (int64_t p = 0; p < pixels; p += kShort) {
-        A part[kSpan] = {};
-        for (int64_t q = p; q < std::min(p + kShort, pixels); ++q) {
-          for (int64_t c = 0; c < size; ++c) part[c] += term(n, q * channels + first + c);
-        }
-        for (int64_t c = 0; c < size; ++c) sum[c] += static_cast<double>(part[c]);
-      }
-      for (int64_t c = 0; c < size; ++c) {
-        sums[n * channels + first + c] = static_cast<A>(sum[c] * scale);
-      }
+      sum_span<A>(terms(n, first), pixels, channels, size, sum);
+      A* to = sums + n * channels + first;
+      for (int64_t c = 0; c < size; ++c) to[c] = static_cast<A>(sum[c] * scale);
     }
   });
 }
@@ -160,8 +183,10 @@ Tensor se_add_means(const Tensor& maps) {
     using T = decltype(zero);
     using A = Factor<T>;
     const Samples<T> m(maps, layout);
-    const auto term = [&](int64_t n, int64_t i) { return static_cast<A>(m.sample(n)[i]); };
-    sum_channels<T, A>(layout, rows, 1.0 / static_cast<double>(layout.pixels), term,
+    const auto values = [&m](int64_t n, int64_t offset) {
+      return [x = m.sample(n) + offset](int64_t i) { return static_cast<A>(x[i]); };
+    };
+    sum_channels<T, A>(layout, rows, 1.0 / static_cast<double>(layout.pixels), values,
                        static_cast<A*>(means.mutable_data_ptr()));
   });
   return means;
@@ -177,8 +202,10 @@ std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, c
     using A = Factor<T>;
     const Samples<T> g(grad, layout), m(main, layout), a(aux, layout);
     const auto product = [&g](const Samples<T>& other) {
-      return [&g, &other](int64_t n, int64_t i) {
-        return static_cast<A>(g.sample(n)[i]) * static_cast<A>(other.sample(n)[i]);
+      return [&g, &other](int64_t n, int64_t offset) {
+        return [x = g.sample(n) + offset, y = other.sample(n) + offset](int64_t i) {
+          return static_cast<A>(x[i]) * static_cast<A>(y[i]);
+        };
       };
     };
     sum_channels<T, A>(layout, active, 1.0, product(m),
