@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from benchmarks.contest import Outcome, run_contest
+from benchmarks.nested import StackSetting
 from benchmarks.problem import Setting
-from benchmarks.summary import summary_rows, table
+from benchmarks.stack_contest import StackOutcome
+from benchmarks.summary import STACK_COLUMNS, STACK_LEGEND, stack_rows, summary_rows, table
 from benchmarks.timing import FULL, ONCE, QUICK, replay
 from benchmarks.workloads import WORKLOADS
 from dynmm_kernels import __version__, ops
 
 OUTCOMES = pytest.StashKey[dict[Setting, Outcome]]()
+STACKS = pytest.StashKey[dict[StackSetting, StackOutcome]]()
 
 
 def pytest_addoption(parser):
@@ -30,6 +33,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.stash[OUTCOMES] = {}
+    config.stash[STACKS] = {}
     if not any(arg.startswith("--benchmark-columns") for arg in config.invocation_params.args):
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
     # fp32 means fp32, also in cuDNN's convolutions.
@@ -122,12 +126,18 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["summary"] = summary_rows(config.stash[OUTCOMES].values())
+    output_json["stacks"] = stack_rows(config.stash[STACKS])
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = summary_rows(config.stash[OUTCOMES].values())
-    if not rows or config.getoption("benchmark_disable"):
+    if config.getoption("benchmark_disable"):
         return
-    terminalreporter.section("routing")
-    for line in table(rows):
-        terminalreporter.write_line(line)
+    sections = {
+        "routing": table(summary_rows(config.stash[OUTCOMES].values())),
+        "nested stacks": table(stack_rows(config.stash[STACKS]), STACK_COLUMNS, STACK_LEGEND),
+    }
+    for title, lines in sections.items():
+        if lines:
+            terminalreporter.section(title)
+            for line in lines:
+                terminalreporter.write_line(line)

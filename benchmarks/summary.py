@@ -1,9 +1,11 @@
 """The few numbers a reader wants, one line per routed row."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.contest import Outcome
+from benchmarks.nested import StackSetting
+from benchmarks.stack_contest import StackOutcome
 
 # Key of the summary row -> heading and format.
 COLUMNS = {
@@ -31,6 +33,33 @@ LEGEND = (
     "gradient.",
 )
 
+STACK_COLUMNS = {
+    "setting": ("setting", "{}"),
+    "routed_s": ("routed s", "{:.3f}"),
+    "masked_s": ("masked s", "{:.3f}"),
+    "realised": ("speed-up", "{:.2f}"),
+    "ceiling": ("ceiling", "{:.2f}"),
+    "realised_over_ceiling": ("realised", "{:.0%}"),
+    "overhead": ("overhead", "{:.3f}"),
+    "static_over_routed": ("static/routed", "{:.2f}"),
+    "peak_over_masked": ("peak/masked", "{:.2f}"),
+    "rounds": ("rounds", "{}"),
+}
+
+STACK_LEGEND = (
+    "overhead: routed / bare (every module on rows prepared beforehand). static: depth always "
+    "fused,",
+    "without a gate. peak: of the memory that a run allocates.",
+)
+
+
+def stack_rows(outcomes: Mapping[StackSetting, StackOutcome]) -> list[dict[str, Any]]:
+    return [
+        {"setting": str(setting), **outcome.info(), "rounds": len(outcome.seconds["routed"])}
+        for setting, outcome in outcomes.items()
+        if outcome.seconds
+    ]
+
 
 def summary_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     rows = []
@@ -47,19 +76,25 @@ def summary_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Aligned lines: a heading, the rows, what the columns mean."""
-    cells = [[heading for heading, _ in COLUMNS.values()]]
+def table(
+    rows: list[dict[str, Any]],
+    columns: Mapping[str, tuple[str, str]] = COLUMNS,
+    legend: Sequence[str] = LEGEND,
+) -> list[str]:
+    """Aligned lines: a heading, the rows, what the columns mean; nothing without rows."""
+    if not rows:
+        return []
+    cells = [[heading for heading, _ in columns.values()]]
     for row in rows:
         cells.append(
             [
                 "-" if row[key] is None else template.format(row[key])
-                for key, (_, template) in COLUMNS.items()
+                for key, (_, template) in columns.items()
             ]
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in cells
     ]
-    return [*lines, "", *LEGEND]
+    return [*lines, "", *legend]

@@ -3,19 +3,13 @@
 Inference, and the Stage-I training step: a random policy, so that no gate learns.
 """
 
-from dataclasses import dataclass, field, replace
-from statistics import median
-
 import pytest
-import torch
 
-from benchmarks.memory import peak_bytes
-from benchmarks.nested import StackProblem, StackSetting, stack_costs
+from benchmarks.conftest import STACKS
+from benchmarks.nested import StackSetting
 from benchmarks.nyud import MIXES
-from benchmarks.timing import interleave, replay
-
-ROWS = ("static", "masked", "routed", "bare")
-TOLERANCE = 1e-3  # fp32, of gradients summed over whole images; tests/test_nyud.py is exact
+from benchmarks.stack_contest import ROWS, TOLERANCE, run_stack_contest
+from benchmarks.timing import replay
 
 QUICK = [
     *(("R50", 4, 96, mix, False) for mix in ("a", "all-0")),
@@ -29,60 +23,24 @@ FULL = [
 ]
 
 
-@dataclass
-class Race:
-    error: float
-    ceiling: float
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    peak: dict[str, int] = field(default_factory=dict)
-
-    def ratio(self, slow: str, fast: str) -> float:
-        rounds = zip(self.seconds[slow], self.seconds[fast], strict=True)
-        return median(a / b for a, b in rounds)
-
-
-@pytest.fixture(scope="module")
-def races():
-    return {}
-
-
 def pytest_generate_tests(metafunc):
-    groups = FULL if metafunc.config.getoption("full") else QUICK
-    cases = [(StackSetting(*group), row) for group in groups for row in ROWS]
+    option = metafunc.config.getoption
+    groups = FULL if option("full") else QUICK
+    settings = [StackSetting(*group, device=option("bench_device")) for group in groups]
+    cases = [(setting, row) for setting in settings for row in ROWS]
     metafunc.parametrize(("setting", "row"), cases, ids=lambda value: str(value).replace(" ", "-"))
 
 
-def run_race(setting: StackSetting, effort) -> Race:
-    with torch.set_grad_enabled(setting.training):
-        problem = StackProblem(setting)
-        ceiling = stack_costs(setting.kind, setting.height).ceiling(
-            problem.paths.cpu(), setting.training
-        )
-        race = Race(problem.error(), ceiling)
-        runs = problem.runs()
-        fewest, most = effort.rounds  # one round takes up to half a minute
-        effort = replace(effort, rounds=(min(fewest, 4), most))
-        race.seconds = interleave(runs, effort, setting.device)
-        race.peak = {row: peak_bytes(runs[row], setting.device) for row in ("masked", "routed")}
-    return race
-
-
 @pytest.mark.benchmark(timer=replay.now)
-def test_nested(benchmark, races, setting, row, effort):
-    if setting not in races:
-        races[setting] = run_race(setting, effort)
-    race = races[setting]
-    assert race.error <= TOLERANCE, f"routed differs from masked by {race.error:.1e}; not timed"
+def test_nested(request, benchmark, setting, row, effort):
+    outcomes = request.config.stash[STACKS]
+    if setting not in outcomes:
+        outcomes[setting] = run_stack_contest(setting, effort)
+    outcome = outcomes[setting]
+    if outcome.error > TOLERANCE:
+        pytest.fail(f"routed differs from masked by {outcome.error:.1e}; not timed")
     benchmark.group = str(setting)
-    benchmark.extra_info.update(row=row, setting=str(setting), error=race.error)
+    benchmark.extra_info.update(row=row, setting=str(setting), error=outcome.error)
     if row == "routed":
-        realised = race.ratio("masked", "routed")
-        benchmark.extra_info.update(
-            realised=realised,
-            ceiling=race.ceiling,
-            realised_over_ceiling=realised / race.ceiling,
-            overhead=race.ratio("routed", "bare"),
-            static_over_routed=race.ratio("static", "routed"),
-            peak_over_masked=race.peak["routed"] / race.peak["masked"],
-        )
-    replay(benchmark, race.seconds[row])
+        benchmark.extra_info.update(outcome.info())
+    replay(benchmark, outcome.seconds[row])

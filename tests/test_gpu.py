@@ -12,7 +12,8 @@ from tensors import FLOATS, LAYOUTS, SELECTIONS
 from torch import Tensor, nn
 
 import dynmm_kernels
-from dynmm_kernels import RoutedFusion, ops, route
+from dynmm_kernels import NestedFusion, RoutedFusion, ops, route
+from dynmm_kernels.nn import SEAdd
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -102,18 +103,38 @@ def make_fusion(**options) -> RoutedFusion:
     return RoutedFusion(nn.Linear(16, 3), branches, **options).cuda().double()
 
 
+@pytest.mark.parametrize("select", [1, 2, "multi_hot"])
 @pytest.mark.parametrize("gate_grad", ["straight_through", "selected"])
-def test_fusion_equals_masked(backend, gate_grad):
+def test_fusion_equals_masked(backend, gate_grad, select):
     x = torch.randn(65, 16, dtype=torch.float64, device="cuda")
     results = []
     for execution in ("masked", "routed"):
-        fusion = make_fusion(execution=execution, gate_grad=gate_grad)
+        fusion = make_fusion(execution=execution, gate_grad=gate_grad, select=select)
         own = x.clone().requires_grad_()
         out = fusion(own)
         (out * out).sum().backward()
         results.append([out, own.grad, *[p.grad for p in fusion.parameters()]])
     for masked, routed in zip(*results, strict=True):
         torch.testing.assert_close(routed, masked, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_nested_equals_masked(backend, memory_format):
+    torch.manual_seed(0)
+    stages = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(6)]
+    fusions = [SEAdd(8, reduction=2) for _ in range(3)]
+    nested = NestedFusion(nn.Identity(), stages[:3], stages[3:], fusions).cuda().double()
+    inputs = [torch.randn(9, 8, 5, 7).double().cuda() for _ in range(2)]
+    depth = torch.tensor([0, 3, 2, 2, 0, 1, 3, 0, 3], device="cuda")
+    results = []
+    for nested.execution in ("masked", "routed"):
+        nested.zero_grad()
+        own = [x.to(memory_format=memory_format).detach().requires_grad_() for x in inputs]
+        out = nested(*own, depth=depth)
+        (out * out).sum().backward()
+        results.append([out, *[x.grad for x in own], *[p.grad for p in nested.parameters()]])
+    for masked, routed in zip(*results, strict=True):
+        torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-9)
 
 
 def test_one_synchronisation(monkeypatch):

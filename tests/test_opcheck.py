@@ -36,7 +36,7 @@ with_and_without_weights = pytest.mark.parametrize("weighted", [False, True])
 
 @pytest.fixture
 def kernels(backend):
-    """The five functions of a backend; torch.ops always runs the compiled ones where there are."""
+    """The functions of a backend; torch.ops always runs the compiled ones where there are."""
     return dynmm_kernels.ops.kernels()
 
 

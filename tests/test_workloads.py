@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
@@ -18,6 +18,7 @@ from benchmarks.workloads import (
     planned_choice,
     planned_logits,
 )
+from dynmm_kernels import RoutedFusion
 
 
 def counted_macs(module, inputs, n):
@@ -189,3 +190,22 @@ def test_saved_bytes_counts_a_storage_once_and_leaves_out_the_known():
     known = [x, *linear.parameters()]
     assert saved_bytes(forward, known) == 64 * 16 * 4
     assert saved_bytes(forward) == (64 * 16 + 64 * 32) * 4
+
+
+@pytest.mark.parametrize("execution", ["routed", "masked"])
+@pytest.mark.parametrize(("name", "size"), [("imdb", 128), ("mosei", 8)])
+def test_training_the_gate_alone_keeps_nothing_of_frozen_branches(name, size, execution):
+    """What is kept for the backward is the gate's, and the branches' outputs."""
+    workload = WORKLOADS[name]
+    gate, experts = workload.make_model(torch.float32, dropout=0.0)
+    x = workload.make_inputs(size, torch.float32)
+    frozen = [expert.eval().requires_grad_(False) for expert in experts.values()]
+    fusion = RoutedFusion(gate, frozen, execution=execution)
+    known = [*fusion.parameters(), *tree_leaves(x)]
+    outputs = sum(expert(x).nbytes for expert in frozen)
+    decision = 16 * size * 8  # choice, plan, probabilities and masks: a few numbers a sample
+    kept = saved_bytes(lambda: fusion(x), known)
+    assert kept <= saved_bytes(lambda: gate(x), known) + 2 * outputs + decision
+    fusion(x).sum().backward()
+    assert all(p.grad is not None for p in gate.parameters())
+    assert all(p.grad is None for expert in frozen for p in expert.parameters())

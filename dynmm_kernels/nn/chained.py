@@ -46,8 +46,9 @@ class ChainedFusion(StackFusion):
             "selected": what ran teaches. Survivors: d/d keep_k = <dm, fusion_k(r, a)>; a dropped
             sample: -<dm, r> for the cell that dropped it, nothing from later ones. "none": none.
         temperature, batch_norm: as in `NestedFusion`; BatchNorm in a gate counts as well.
-        noise: None, or "gumbel" to sample the decisions while training. Routed execution draws
-            for survivors only, so the draws differ from those of masked execution.
+        noise: None; "gumbel" to sample the decisions while training; "gumbel_always" in eval, too
+            (as DynMM's code does). Routed execution draws for survivors only, so the draws differ
+            from those of masked execution.
 
     The depth of a sample, forced or reported, is the number of cells it comes through; in forced
     execution, too, a cell with the rule "skip" fuses nothing.

@@ -83,10 +83,6 @@ class TopK(TopOne):
         F.check_faults(logits, plan.host_header, entries_per_row=self.k)
         return choice, plan
 
-    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
-        mask = torch.zeros(len(choice), num_branches, dtype=torch.bool, device=choice.device)
-        return mask.scatter_(1, choice, True)
-
     def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
         return torch.zeros_like(probs).scatter(1, choice, self.soft_weights(choice, probs))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch, as_branch
 from .decisions import TopOne, forced, selection_of
@@ -98,84 +99,58 @@ class RoutedFusion(Settings):
                 return output
         batch = Arguments(inputs, "RoutedFusion inputs")
         branches: list[Branch] = list(self._modules["branches"]._modules.values())  # type: ignore[union-attr,arg-type]
-        selection = TopOne() if choice is not None else selection_of(self.select)
-        uniform = isinstance(choice, str) and choice == "uniform"
-        dense = uniform or (self.execution == "dense" and choice is None)
-        learning = probs = weights = None
-        gate_cost = 0.0
         if choice is None:
-            logits = self._ask_gate(batch, len(branches), selection, generator)
-            choice, plan = selection.decide(logits)
-            learns = self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
-            if learns or dense or return_routing or self.select != 1:
-                probs = selection.probs(logits, self.temperature)
-                gate_cost = self.gate.cost or 0.0
-                weights = selection.soft_weights(choice, probs if learns else probs.detach())
-                if learns and weights is None:
-                    selected = selection.selected(choice, len(branches))
-                    learning = Learning(self.gate_grad, probs, selected)
+            made = self._ask_gate(batch, len(branches), return_routing, generator)
         else:
-            device = batch.tensors()[0].device if batch.num_rows is not None else None
-            choice = 0 if uniform else choice
-            choice = forced(choice, "choice", len(branches), batch.num_rows, device, generator)
-            plan = F.route(choice, len(branches))
-            if uniform:
-                probs = torch.full((plan.num_rows, len(branches)), 1 / len(branches), device=device)
-
-        if dense and probs is not None:
-            output, rows_run = run_everywhere(branches, batch, probs, soft=True)
-        elif self.execution == "masked" or not any(plan.counts):
-            hard = self._hard_weights(selection, choice, probs, learning, weights)
-            output, rows_run = run_everywhere(branches, batch, hard, soft=weights is not None)
+            made = _obey(choice, batch, len(branches), generator)
+        if made.dense and made.probs is not None:
+            output, rows_run = run_everywhere(branches, batch, made.probs, soft=True)
+        elif self.execution == "masked" or not any(made.plan.counts):
+            hard, soft = made.hard_weights(len(branches)), made.weights is not None
+            output, rows_run = run_everywhere(branches, batch, hard, soft)
         else:
             subset_norm = self.batch_norm == "subset"
-            output, rows_run = run_routed(branches, batch, plan, learning, subset_norm, weights)
+            output, rows_run = run_routed(
+                branches, batch, made.plan, made.learning, subset_norm, made.weights
+            )
         if not return_routing:
             return output
         costs = tuple(branch.cost for branch in branches if branch.cost is not None)
         return output, Routing(
-            choice=None if dense else choice,
-            probs=probs,
-            plan=None if dense else plan,
-            num_rows=plan.num_rows,
+            choice=None if made.dense else made.choice,
+            probs=made.probs,
+            plan=None if made.dense else made.plan,
+            num_rows=made.plan.num_rows,
             rows_run=rows_run,
             costs=costs if len(costs) == len(branches) else None,
-            gate_cost=gate_cost,
-            selection=selection,
+            gate_cost=(self.gate.cost or 0.0) if choice is None else 0.0,
+            selection=made.selection,
         )
 
     def _ask_gate(
         self,
         batch: Arguments,
         num_branches: int,
-        selection: TopOne,
+        reports: bool,
         generator: torch.Generator | None,
-    ) -> Tensor:
-        """Logits [N, B], with noise where that is wanted."""
+    ) -> Decision:
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
         logits = gate.call(gate.arguments(batch).whole(batch.num_rows))
         F.check_logits(logits, batch.num_rows, num_branches)
-        return logits + selection.noise(logits, generator) if self.draws else logits
-
-    def _hard_weights(
-        self,
-        selection: TopOne,
-        choice: Tensor,
-        probs: Tensor | None,
-        learning: Learning | None,
-        soft_weights: Tensor | None,
-    ) -> Tensor:
-        """[N, B]: of the chosen branches, with the gradient that `gate_grad` asks for."""
-        if soft_weights is not None:
-            weights = soft_weights.new_zeros(len(choice), len(self.branches))
-            return weights.scatter(1, choice, soft_weights)
-        if learning is None:
-            dtype = torch.float32 if probs is None else probs.dtype
-            return selection.selected(choice, len(self.branches)).to(dtype)
-        weights = selection.weights(choice, learning.probs)
-        if learning.mode == "selected":
-            return torch.where(learning.selected, weights, 0)
-        return weights
+        selection, dense = selection_of(self.select), self.execution == "dense"
+        if self.draws:
+            logits = logits + selection.noise(logits, generator)
+        choice, plan = selection.decide(logits)
+        learns = self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
+        if not (learns or dense or reports or self.select != 1):
+            return Decision(selection, choice, plan)
+        probs = selection.probs(logits, self.temperature)
+        weights = selection.soft_weights(choice, probs if learns else probs.detach())
+        learning = None
+        if learns and weights is None:
+            selected = selection.selected(choice, num_branches)
+            learning = Learning(self.gate_grad, probs, selected)
+        return Decision(selection, choice, plan, probs, weights, learning, dense)
 
     def __setattr__(self, name: str, value: Any) -> None:
         number = type(value) is int and value >= 1
@@ -184,3 +159,51 @@ class RoutedFusion(Settings):
                 f"RoutedFusion: select must be a number of branches or 'multi_hot'; got {value!r}"
             )
         super().__setattr__(name, value)
+
+
+class Decision(NamedTuple):
+    """What a batch was decided to do.
+
+    `weights` [N, k]: of the ranks of the plan, where they are not ones. `dense`: every branch runs,
+    weighted by `probs` [N, B].
+    """
+
+    selection: TopOne
+    choice: Tensor
+    plan: RoutingPlan
+    probs: Tensor | None = None
+    weights: Tensor | None = None
+    learning: Learning | None = None
+    dense: bool = False
+
+    def hard_weights(self, num_branches: int) -> Tensor:
+        """[N, B]: of the chosen branches, with the gradient that `gate_grad` asks for."""
+        if self.weights is not None:
+            zeros = self.weights.new_zeros(self.plan.num_rows, num_branches)
+            return zeros.scatter(1, self.choice, self.weights)
+        if self.learning is None:
+            dtype = torch.float32 if self.probs is None else self.probs.dtype
+            return self.selection.selected(self.choice, num_branches).to(dtype)
+        weights = self.selection.weights(self.choice, self.learning.probs)
+        if self.learning.mode == "selected":
+            return torch.where(self.learning.selected, weights, 0)
+        return weights
+
+
+def _obey(
+    choice: Any, batch: Arguments, num_branches: int, generator: torch.Generator | None
+) -> Decision:
+    """A forced decision."""
+    tensors = batch.tensors()
+    device = tensors[0].device if batch.num_rows is not None else None
+    uniform = isinstance(choice, str) and choice == "uniform"
+    chosen = forced(
+        0 if uniform else choice, "choice", num_branches, batch.num_rows, device, generator
+    )
+    plan = F.route(chosen, num_branches)
+    if not uniform:
+        return Decision(TopOne(), chosen, plan)
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    shape = (plan.num_rows, num_branches)
+    probs = torch.full(shape, 1 / num_branches, dtype=dtype, device=device)
+    return Decision(TopOne(), chosen, plan, probs, dense=True)

@@ -34,7 +34,9 @@ class NestedFusion(StackFusion):
         aux_stages: L modules likewise, each called with the samples that reach it, [n, ...]. As
             `Branch(module, cost=...)`, here and for main stages and fusions, they tell `Routing`
             their cost per sample.
-        fusions: L modules, fusion_k(r, a) -> like r in shape and dtype.
+        fusions: L modules, fusion_k(r, a) -> like r in shape and dtype. One with the attribute
+            `fuses_prefix = True`, as `SEAdd` has, is called with all rows of r and the n rows of
+            a that still fuse; it fuses the first n of r and returns the others as they are.
         execution: "routed": as above. "masked": every stage on every sample, and
             m = skip_k * r + active_k * fusion_k(r, a) with weights 0 and 1. "dense": the same with
             probabilities, active_k = sum of p_d over d >= k, skip_k = 1 - active_k. "auto": routed.
@@ -45,7 +47,8 @@ class NestedFusion(StackFusion):
             two only that of what ran, so active_k where k <= d, else skip_k; cheaper, biased.
             "none": none.
         temperature: of the softmax.
-        noise: None, or "gumbel" to sample the depth (DynMM eq. 3) while training.
+        noise: None; "gumbel" to sample the depth (DynMM eq. 3) while training; "gumbel_always" to
+            sample it in eval, too.
         batch_norm: what happens where an auxiliary stage or a fusion has train-mode BatchNorm.
             "masked": the stack runs masked, which is exact. "subset": it runs routed, on
             statistics of the samples that came so far.
