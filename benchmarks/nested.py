@@ -159,8 +159,9 @@ class StackProblem:
     def bare(self) -> Callable[[], list[Tensor]]:
         """Every module called on tensors prepared beforehand: compact rows, nothing moved.
 
-        What the modules cost on the rows they must see; no router can be without it. In training
-        each call is followed by its backward.
+        What the modules cost on the rows they must see; no router can be without it. The last
+        output of a stage stays in memory, as it does for the decoder. In training everything is
+        followed by its backward.
         """
         order = self.paths.argsort(descending=True, stable=True)
         active = [int((self.paths > k).sum()) for k in range(4)]
@@ -171,21 +172,24 @@ class StackProblem:
             for k in range(4):
                 count = active[k]
                 r, a = net.rgb.stages[k](main), net.depth.stages[k](aux[:count].contiguous())
-                calls.append((net.rgb.stages[k], (main,)))
+                calls.append([(net.rgb.stages[k], (main,))])
                 if count:
-                    calls.append((net.depth.stages[k], (aux[:count].clone(),)))
-                    calls.append((self.fusions[k], (r[:count].clone(), a)))
+                    calls[k].append((net.depth.stages[k], (aux[:count].clone(),)))
+                    calls[k].append((self.fusions[k], (r[:count].clone(), a)))
                     r = torch.cat([self.fusions[k](r[:count], a), r[count:]])
                 main, aux = r, a
                 outputs.append(r)
 
         def run() -> list[Tensor]:
             if self.setting.training:
-                return self._bare_step(calls, outputs)
+                return self._bare_step([call for stage in calls for call in stage], outputs)
             net.stems(self.rgb, self.depth)
             self.gate(*gate_inputs)
-            for module, arguments in calls:
-                module(*arguments)
+            kept = []
+            for stage in calls:
+                for module, arguments in stage:
+                    made = module(*arguments)
+                kept.append(made)
             return [net.decode(outputs)]
 
         return run
