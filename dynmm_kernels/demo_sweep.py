@@ -35,7 +35,7 @@ from .nn import RoutedFusion
 
 COST_WEIGHTS = (0.01, 0.03, 0.07, 0.15, 0.4)
 SEEDS = 2
-TIMED_ROUNDS = 5
+TIMED_ROUNDS = 15
 
 
 @dataclass(frozen=True)
