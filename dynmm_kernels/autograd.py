@@ -6,12 +6,13 @@ same kernels. Where no graph is recorded the ops are called directly.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .plan import RoutingPlan
@@ -45,6 +46,41 @@ def row_dots(
     if torch.is_grad_enabled() and _any_requires_grad(outputs, rows):
         return _RowDots.apply(plan, starts, rows, *outputs)
     return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
+
+
+class _Refuse(torch.autograd.Function):
+    """`tensor`, through which no further derivative goes."""
+
+    @staticmethod
+    def forward(ctx, tensor, anchor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "dynmm_kernels: a second derivative through the gate's straight-through gradient or "
+            "through se_add is not offered; detach what needs none, or use masked execution and "
+            "plain PyTorch"
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch's, but it refuses also where only saved tensors, not `grad`, have a graph."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        return tuple(
+            _Refuse.apply(result, torch.zeros((), requires_grad=True))
+            if isinstance(result, Tensor)
+            else result
+            for result in results
+        )
+
+    return wrapper
 
 
 class _GatherRows(torch.autograd.Function):

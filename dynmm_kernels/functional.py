@@ -319,9 +319,9 @@ def combine_selected(
     first = outputs[0]
     if not isinstance(first, Tensor):
         return first
-    outputs = _same_dtype(outputs)
     if not first.is_floating_point() and not first.is_complex():
-        return autograd.combine(plan, outputs, starts, None)
+        return combine_rows(plan, outputs, starts)
+    outputs = _same_dtype(outputs)
     others = [other.to(outputs[0].dtype) for other in others]
     return autograd.CombineSelected.apply(
         plan, starts, other_starts, index, len(outputs), probs, *outputs, *others

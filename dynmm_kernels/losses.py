@@ -58,6 +58,8 @@ def resource_loss(
 
 
 def _cost(routing: Routing, costs: Costs | None, reduction: str) -> Tensor:
+    if isinstance(costs, (int, float)):
+        raise ValueError(f"resource_loss: wanted a list of costs for every routing; got {costs}")
     costs = routing.costs if costs is None else costs
     if costs is None:
         raise ValueError("resource_loss: give costs, or construct every Branch with a cost")
@@ -66,5 +68,5 @@ def _cost(routing: Routing, costs: Costs | None, reduction: str) -> Tensor:
         raise ValueError(
             f"resource_loss: wanted one cost per branch, {weights.shape[1]}; got {len(costs)}"
         )
-    cost = (weights @ weights.new_tensor(costs)).mean()
+    cost = (weights @ weights.new_tensor(costs)).sum() / max(1, routing.num_rows)
     return cost / weights.shape[1] if reduction == "mean" else cost

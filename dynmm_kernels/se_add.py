@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from .autograd import once_differentiable
 from .ops.reference import empty_maps
 
 Excite = Callable[[Tensor], Tensor]
@@ -43,6 +43,9 @@ def se_add(
         RuntimeError: a second derivative is asked for; none is offered.
     """
     _check_maps(main, aux)
+    if main.dtype != aux.dtype:  # under autocast
+        wide = torch.promote_types(main.dtype, aux.dtype)
+        main, aux = main.to(wide), aux.to(wide)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (main, aux, *parameters)):
         return _SEAdd.apply(excite_main, excite_aux, main, aux, *parameters)
     kernels = ops.kernels()
@@ -61,7 +64,9 @@ class _SEAdd(torch.autograd.Function):
     def forward(ctx, excite_main, excite_aux, main, aux, *parameters):
         kernels, head = ops.kernels(), main[: aux.shape[0]]
         ctx.means = [kernels.se_add_means(maps).requires_grad_() for maps in (head, aux)]
-        with torch.enable_grad():
+        # Hooks such as those of checkpointing are for what the outer graph keeps.
+        plain = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+        with torch.enable_grad(), plain:
             ctx.scales = [
                 _scales(excite, means, main)
                 for excite, means in zip((excite_main, excite_aux), ctx.means, strict=True)
@@ -77,9 +82,16 @@ class _SEAdd(torch.autograd.Function):
         head, grad = main[: aux.shape[0]], _laid_out_as(main, grad)
         dots = kernels.se_add_dots(grad, head, aux)
         wanted = [p for p, need in zip(parameters, ctx.needs_input_grad[4:], strict=True) if need]
-        grads = torch.autograd.grad(
-            ctx.scales, [*ctx.means, *wanted], dots, retain_graph=True, allow_unused=True
-        )
+        live = [i for i in (0, 1) if ctx.scales[i].requires_grad]
+        grads: Sequence[Tensor | None] = [None] * (2 + len(wanted))
+        if live:
+            grads = torch.autograd.grad(
+                [ctx.scales[i] for i in live],
+                [*ctx.means, *wanted],
+                [dots[i] for i in live],
+                retain_graph=True,
+                allow_unused=True,
+            )
         of_main = of_aux = None
         if any(ctx.needs_input_grad[2:4]):
             shifts = [
@@ -100,6 +112,10 @@ def _laid_out_as(main: Tensor, grad: Tensor) -> Tensor:
     if grad.stride()[1:] == empty_maps(main, 0).stride()[1:]:
         return grad
     return empty_maps(main, main.shape[0]).copy_(grad)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _scales(excite: Excite, means: Tensor, maps: Tensor) -> Tensor:
@@ -123,7 +139,7 @@ def _check_maps(main: Any, aux: Any) -> None:
             "se_add: wanted main [N, C, ...] and aux [n, C, ...] of the same channels and size, "
             f"with n <= N; got {list(main.shape)} and {list(aux.shape)}"
         )
-    if main.dtype != aux.dtype:
+    if main.dtype != aux.dtype and not torch.is_autocast_enabled(main.device.type):
         raise TypeError(f"se_add: main and aux must have one dtype; got {main.dtype}, {aux.dtype}")
     if main.device != aux.device:
         raise ValueError(

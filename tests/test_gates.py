@@ -17,6 +17,7 @@ from dynmm_kernels import (
     route,
 )
 from dynmm_kernels.nn import ConfidenceGate, Usage, exponential_temperature
+from dynmm_kernels.nn.prefix import Stage
 
 N, B, FEATURES = 9, 4, 5
 SELECTS = [2, 3, 4, "multi_hot"]
@@ -163,6 +164,41 @@ def test_select_of_another_kind(select):
 def test_more_than_there_are():
     with pytest.raises(ValueError, match="select=3 of only 2 branches"):
         RoutedFusion(*toy(2), select=3)
+    fusion = RoutedFusion(*toy(2))
+    with pytest.raises(ValueError, match="select=3 of only 2 branches"):
+        fusion.select = 3
+
+
+@pytest.mark.parametrize("execution", ["routed", "masked"])
+@pytest.mark.parametrize("learning", [True, False])
+def test_integers_of_several_branches_are_summed(learning, execution, backend):
+    logits = torch.tensor([[1.0, 1, 1], [1, -1, 1]], dtype=torch.float64)
+
+    def branch(value):
+        return Function(lambda x: {"y": x * value, "i": torch.full((len(x),), value)})
+
+    gate = FixedGate(logits, requires_grad=learning)
+    branches = [branch(value) for value in (1, 10, 100)]
+    fusion = RoutedFusion(gate, branches, select="multi_hot", execution=execution)
+    assert fusion(torch.zeros(2, 1))["i"].tolist() == [111, 101]
+    fusion.branches[0] = Branch(Function(lambda x: {"y": x, "i": x[:, 0] > 0}), name="b")
+    for k in (1, 2):
+        fusion.branches[k] = Branch(fusion.branches[0].module, name=str(k))
+    with pytest.raises(TypeError, match="bool outputs"):
+        fusion(torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("select", [1, 2])
+def test_low_temperature_in_half_precision(select):
+    logits = (torch.tensor([[100.0, 99, -100]] * 4)).half()
+    branches = [Function(lambda x, b=b: x * 0 + b) for b in range(3)]
+    for execution in ("routed", "masked", "dense"):
+        gate = FixedGate(logits)
+        fusion = RoutedFusion(gate, branches, select=select, execution=execution, temperature=1e-3)
+        out = fusion(torch.zeros(4, 1))
+        assert (out == 0).all()
+        out.sum().backward()
+        assert all(p.grad.isfinite().all() for p in gate.parameters())
 
 
 @for_selects
@@ -211,6 +247,10 @@ def test_random_and_uniform_depth():
     main, aux = torch.zeros(3000, 1), torch.zeros(3000, 1)
     _, routing = nested(main, aux, depth="random", return_routing=True)
     assert all(abs(share - 1 / 3) < 0.04 for share in routing.fractions)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    nested.main_stages[0] = Stage(Function(lambda x: x + 1.0), name="main stage 1")
+    nested.aux_stages[0] = Stage(Function(lambda x: x + 1.0), name="aux stage 1")
+    assert torch.allclose(nested(ids, ids, depth="uniform"), torch.tensor(2 + 2 / 3 * 10 + 20 / 3))
     # Fused in stage 1 by the weight of depths 1 and 2, in stage 2 by that of depth 2.
     assert torch.allclose(
         nested(main, aux, depth="uniform"), torch.tensor(2 + 2 / 3 * 10 + 1 / 3 * 20)
@@ -247,9 +287,17 @@ def test_confidence(measure, threshold):
     assert (routing.choice == 0).tolist() == stops
 
 
-def test_entropy_of_a_certain_sample_is_zero():
+@pytest.mark.parametrize("scores", [[1000.0, 0.0], [0.0, -math.inf]])
+def test_entropy_of_a_certain_sample_is_zero(scores):
     gate = ConfidenceGate(Function(lambda x: x), 0.1, "entropy")
-    assert gate(torch.tensor([[1000.0, 0.0]])).argmax(1).item() == 0
+    given = torch.tensor([scores], requires_grad=True)
+    logits = gate(given)
+    assert logits.argmax(1).item() == 0
+    logits.sum().backward()
+    assert given.grad.isfinite().all()
+
+
+def test_confidence_knows_its_measures():
     with pytest.raises(ValueError, match="measure must be one of 'probability'"):
         ConfidenceGate(nn.Identity(), 0.5, "max")
 
@@ -299,6 +347,10 @@ def test_usage_adds_up():
     assert math.isclose(report.executed_cost, executed / 14)
     assert math.isclose(report.expected_cost, expected / 14)
     assert copy.deepcopy(usage).read() == report
+    _, empty = fusion(x[:0], return_routing=True)
+    usage.add(empty)
+    assert usage.read() == report
+    assert float(resource_loss(empty)) == 0
     usage.reset()
     assert usage.read() == (0, (), (), None, None)
 
@@ -363,6 +415,8 @@ def test_loss_forms():
         resource_loss([routing], [None, None])
     with pytest.raises(ValueError, match="at least one"):
         resource_loss([])
+    with pytest.raises(ValueError, match="a list of costs for every routing"):
+        resource_loss([routing, routing], [0, 1])
 
 
 def test_plans_of_several_branches_per_sample_are_those_of_route(backend):

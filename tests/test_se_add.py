@@ -7,6 +7,7 @@ import torch
 from models import Function, Planned, assert_close, assert_same, backward, relative_error
 from stacks import CHANNELS, Pool, batch, masked_nested, modules_of, parts
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dynmm_kernels
 from dynmm_kernels import NestedFusion
@@ -95,13 +96,42 @@ def test_gradcheck(layout, backend):
     assert torch.autograd.gradcheck(lambda m, a, *_: fusion(m, a), (*leaves, *fusion.parameters()))
 
 
-def test_a_second_derivative_is_refused(backend):
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_second_derivative_is_refused(power, backend):
+    """Also where the gradient that comes in is constant."""
     main, aux, fusion = problem((2, 4, 2, 2), 1)
-    (grad,) = torch.autograd.grad(
-        fusion(main.requires_grad_(), aux).pow(2).sum(), main, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    out = fusion(main.requires_grad_(), aux).pow(power).sum()
+    (grad,) = torch.autograd.grad(out, main, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.square().sum().backward()
+
+
+def test_checkpointed_once(backend):
+    """Checkpointing runs the block again once, however many SEAdds it has."""
+    main, aux, fusion = problem((3, 4, 2, 2), 2)
+    calls = []
+
+    def block(m):
+        calls.append(1)
+        for _ in range(3):
+            m = fusion(m, aux)
+        return m
+
+    out = checkpoint(block, main.requires_grad_(), use_reentrant=False)
+    (grad,) = torch.autograd.grad(out.square().sum(), main)
+    assert len(calls) == 2
+    assert_close(grad, torch.autograd.grad(block(main).square().sum(), main)[0])
+
+
+@pytest.mark.parametrize("blind", ["excite_main", "excite_aux", "both"])
+def test_an_excitation_without_a_graph(blind, backend):
+    main, aux, fusion = problem((3, 4, 2, 2), 2)
+    for name in ("excite_main", "excite_aux"):
+        if blind in (name, "both"):
+            setattr(fusion, name, Function(torch.ones_like))
+    inputs = (main, aux)
+    expected = backward(lambda m, a: eager(m, a, fusion), [fusion], inputs)
+    assert_same(backward(fusion, [fusion], inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -172,13 +202,15 @@ def test_backward_twice(backend):
     assert torch.equal(first, torch.autograd.grad(out, main)[0])
 
 
-def test_autocast(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype, backend):
     main, aux, fusion = problem((3, 4, 5, 6), 2, torch.float32)
+    aux = aux.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fusion(main.requires_grad_(), aux)
         out.sum().backward()
     assert out.dtype is torch.float32
-    assert relative_error(out.detach(), eager(main, aux, fusion).detach()) < 1e-2
+    assert relative_error(out.detach(), eager(main, aux.float(), fusion).detach()) < 1e-2
     assert all(p.grad is not None for p in fusion.parameters())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels
 from .branch import Branch, as_branch
-from .decisions import straight_through
+from .decisions import straight_through, tempered
 from .execution import without_graph
 from .prefix import Cell, Prefix
 from .stack import Run, StackFusion, hide_unselected
@@ -172,7 +172,7 @@ class ChainedFusion(StackFusion):
         if learns or keep is not None:
             own = choice.to(decided.dtype if keep is None else keep.dtype)
             if learns:
-                probs = (logits / self.temperature).softmax(1)
+                probs = tempered(logits, self.temperature).softmax(1)
                 own = torch.cat([straight_through(choice[:active], probs)[:, 1], own[active:]])
             keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
         # 2: goes on; 1: follows, because the exact gradient asks for it; 0: is through.
@@ -216,7 +216,7 @@ class ChainedFusion(StackFusion):
         """[N]: the weight of keeping."""
         choice, plan = F.route_argmax(logits.detach())
         F.check_faults(logits, plan.host_header, f"{gate.name}")
-        probs = (logits / self.temperature).softmax(1)
+        probs = tempered(logits, self.temperature).softmax(1)
         if soft:
             return probs[:, 1]
         if self._learns(logits):

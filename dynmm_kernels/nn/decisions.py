@@ -35,6 +35,13 @@ def straight_through(choice: Tensor, probs: Tensor) -> Tensor:
     return one_hot(choice, probs.shape[1], probs.dtype) - probs.detach() + probs
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, up to a shift of the row; a small temperature overflows no fp16."""
+    if logits.dtype == torch.float16:
+        logits = logits - logits.detach().amax(1, keepdim=True)
+    return logits / temperature
+
+
 class TopOne:
     """The branch with the largest logit (ties: the first), with weight one: DynMM's hard gate."""
 
@@ -50,7 +57,7 @@ class TopOne:
 
     def probs(self, logits: Tensor, temperature: float) -> Tensor:
         """[N, B]: the weights of dense execution, and what the gate's gradient goes through."""
-        return (logits / temperature).softmax(1)
+        return tempered(logits, temperature).softmax(1)
 
     def selected(self, choice: Tensor, num_branches: int) -> Tensor:
         """bool [N, B]."""

@@ -25,14 +25,23 @@ class Learning(NamedTuple):
 
 
 def run_everywhere(
-    branches: Sequence[Branch], batch: Arguments, weights: Tensor, soft: bool
+    branches: Sequence[Branch],
+    batch: Arguments,
+    weights: Tensor,
+    soft: bool,
+    several: bool = False,
 ) -> tuple[Any, tuple[int, ...]]:
-    """Every branch on every sample, then the weighted sum: what DynMM's own code does."""
+    """Every branch on every sample, then the weighted sum: what DynMM's own code does.
+
+    soft: weights other than 0 and 1. several: more than one of them may be 1.
+    """
     num_rows = weights.shape[0]
     outputs = [branch.call(branch.arguments(batch).whole(num_rows)) for branch in branches]
     rows_run = (num_rows,) * len(outputs)
     columns, spec = F.check_outputs(outputs, rows_run, [branch.label for branch in branches])
-    return tree.unflatten([blend(column, weights, soft) for column in columns], spec), rows_run
+    return tree.unflatten(
+        [blend(column, weights, soft, several) for column in columns], spec
+    ), rows_run
 
 
 def run_routed(
@@ -230,7 +239,7 @@ def _touch_starved(
             return
 
 
-def blend(column: Sequence[Any], weights: Tensor, soft: bool) -> Any:
+def blend(column: Sequence[Any], weights: Tensor, soft: bool, several: bool = False) -> Any:
     """sum_b weights[:, b] * column[b], in the widest dtype of the branches."""
     first = column[0]
     if not isinstance(first, Tensor):
@@ -243,10 +252,14 @@ def blend(column: Sequence[Any], weights: Tensor, soft: bool) -> Any:
         return total.to(F.widest_dtype(column))
     if soft:
         raise TypeError(
-            f"dense execution cannot blend an output of {first.dtype}; return floating tensors, "
-            "or use masked or routed execution"
+            f"an output of {first.dtype} cannot be weighted; return floating tensors, or let one "
+            "branch be chosen: masked or routed execution, select=1"
         )
+    if several and first.dtype == torch.bool:
+        raise TypeError("bool outputs of several branches cannot be summed; return integers")
     total = torch.zeros_like(first)
     for b, output in enumerate(column):
-        total = torch.where(weights[:, b].view(shape) != 0, output, total)
+        chosen = weights[:, b].view(shape) != 0
+        own = torch.where(chosen, output, torch.zeros_like(output))
+        total = total + own if several else torch.where(chosen, output, total)
     return total

@@ -59,7 +59,6 @@ class RoutedFusion(Settings):
         batch_norm: str = "masked",
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm)
-        self.select = select
         named = branches.items() if isinstance(branches, Mapping) else enumerate(branches)
         self.gate = as_branch(gate, "gate")
         self.branches = nn.ModuleList(as_branch(module, str(name)) for name, module in named)
@@ -68,8 +67,7 @@ class RoutedFusion(Settings):
             raise ValueError("RoutedFusion: branches is empty; give at least one module")
         if len(set(names)) < len(names):
             raise ValueError(f"RoutedFusion: branch names must differ; got {names}")
-        if isinstance(select, int) and select > len(names):
-            raise ValueError(f"RoutedFusion: select={select} of only {len(names)} branches")
+        self.select = select
 
     def forward(
         self,
@@ -107,7 +105,8 @@ class RoutedFusion(Settings):
             output, rows_run = run_everywhere(branches, batch, made.probs, soft=True)
         elif self.execution == "masked" or not any(made.plan.counts):
             hard, soft = made.hard_weights(len(branches)), made.weights is not None
-            output, rows_run = run_everywhere(branches, batch, hard, soft)
+            several = made.plan.ranks > 1
+            output, rows_run = run_everywhere(branches, batch, hard, soft, several)
         else:
             subset_norm = self.batch_norm == "subset"
             output, rows_run = run_routed(
@@ -158,6 +157,8 @@ class RoutedFusion(Settings):
             raise ValueError(
                 f"RoutedFusion: select must be a number of branches or 'multi_hot'; got {value!r}"
             )
+        if name == "select" and number and value > len(self.branches):
+            raise ValueError(f"RoutedFusion: select={value} of only {len(self.branches)} branches")
         super().__setattr__(name, value)
 
 
@@ -194,8 +195,7 @@ def _obey(
     choice: Any, batch: Arguments, num_branches: int, generator: torch.Generator | None
 ) -> Decision:
     """A forced decision."""
-    tensors = batch.tensors()
-    device = tensors[0].device if batch.num_rows is not None else None
+    device = batch.tensors()[0].device if batch.num_rows is not None else None
     uniform = isinstance(choice, str) and choice == "uniform"
     chosen = forced(
         0 if uniform else choice, "choice", num_branches, batch.num_rows, device, generator
@@ -203,7 +203,6 @@ def _obey(
     plan = F.route(chosen, num_branches)
     if not uniform:
         return Decision(TopOne(), chosen, plan)
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     shape = (plan.num_rows, num_branches)
-    probs = torch.full(shape, 1 / num_branches, dtype=dtype, device=device)
+    probs = torch.full(shape, 1 / num_branches, dtype=torch.float64, device=device)
     return Decision(TopOne(), chosen, plan, probs, dense=True)

@@ -24,7 +24,8 @@ class WeightedSum(nn.Module):
 
     def __init__(self, weights: tuple[float, float] = (0.5, 0.5)) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.tensor(weights))
+        own, other = weights
+        self.weights = nn.Parameter(torch.tensor([float(own), float(other)]))
 
     def forward(self, main: Tensor, aux: Tensor) -> Tensor:
         own, other = self.weights.to(main.dtype)

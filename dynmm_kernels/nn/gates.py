@@ -43,7 +43,8 @@ class ConfidenceGate(nn.Module):
             margin = scores.logsumexp(1) - self.threshold
         else:
             logarithms = scores.log_softmax(1)
-            margin = self.threshold + torch.special.xlogy(logarithms.exp(), logarithms.exp()).sum(1)
+            finite = logarithms.clamp_min(torch.finfo(scores.dtype).min)  # 0 * log 0 is 0
+            margin = self.threshold + (logarithms.exp() * finite).sum(1)
         return torch.stack([margin, -margin], 1)
 
     def extra_repr(self) -> str:

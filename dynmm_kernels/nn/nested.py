@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels
 from .branch import as_branch
+from .decisions import tempered
 from .execution import Learning
 from .stack import Run, StackFusion, skip_and_fuse
 
@@ -91,7 +92,7 @@ class NestedFusion(StackFusion):
         F.check_faults(logits, plan.host_header)
         dense, learns = self.execution == "dense", self._learns(logits)
         if dense or learns or run.reports:
-            probs: Tensor = (logits / self.temperature).softmax(1)
+            probs: Tensor = tempered(logits, self.temperature).softmax(1)
             run.probs, run.gate_cost = probs, self.gate.cost or 0.0
         if dense:
             self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)

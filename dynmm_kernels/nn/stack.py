@@ -124,7 +124,9 @@ class StackFusion(Settings):
         if depth is None:
             self._run_gated(run, generator)
         elif isinstance(depth, str) and depth == "uniform":
-            run.probs = probs = main.new_full((main.shape[0], last + 1), 1 / (last + 1))
+            shape = (main.shape[0], last + 1)
+            probs = main.new_full(shape, 1 / (last + 1), dtype=torch.float64)
+            run.probs = probs
             self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)
         else:
             run.depth = forced(depth, "depth", last + 1, main.shape[0], main.device, generator)

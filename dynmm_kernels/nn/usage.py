@@ -57,6 +57,8 @@ class Usage:
             ValueError: another number of branches than before.
         """
         size, counts = routing.num_rows, routing.device_counts
+        if size == 0:
+            return
         if counts is None:
             counts = torch.tensor(routing.counts)
         if self._counts is None:
