@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.contest import Outcome, run_contest
+from benchmarks.memory import keep_heap
 from benchmarks.nested import StackSetting
 from benchmarks.problem import Setting
 from benchmarks.stack_contest import StackOutcome
@@ -17,6 +18,7 @@ from dynmm_kernels import __version__, ops
 
 OUTCOMES = pytest.StashKey[dict[Setting, Outcome]]()
 STACKS = pytest.StashKey[dict[StackSetting, StackOutcome]]()
+HEAP_KEPT = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
@@ -34,6 +36,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[OUTCOMES] = {}
     config.stash[STACKS] = {}
+    config.stash[HEAP_KEPT] = keep_heap()
     if not any(arg.startswith("--benchmark-columns") for arg in config.invocation_params.args):
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
     # fp32 means fp32, also in cuDNN's convolutions.
@@ -113,9 +116,10 @@ def report(benchmark, contest, row):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Which kernels ran."""
+    """Which kernels ran, and whether freed memory stayed with the process."""
     build = ops.compiled.build_info
     machine_info["torch"] = torch.__version__
+    machine_info["heap_kept"] = config.stash[HEAP_KEPT]
     machine_info["dynmm_kernels"] = {
         "version": __version__,
         "kernels": ops.compiled.reason or "compiled",

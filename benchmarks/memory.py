@@ -1,11 +1,27 @@
-"""Bytes: the peak of a call's allocations, and what autograd keeps for the backward."""
+"""Bytes: the heap, the peak of a call's allocations, what autograd keeps for the backward."""
 
+import ctypes
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+
+def keep_heap() -> bool:
+    """Makes the C library keep freed memory, as the caching allocator does on a GPU.
+
+    By default glibc gives large tensors back to the system at once, and faulting their pages in
+    again, a fifth of the time of a stack of convolutions, swings with whatever else the machine
+    does. Returns whether the C library knows the settings.
+    """
+    trim_threshold, mmap_max = -1, -4  # numbers of the parameters, from malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return False
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:

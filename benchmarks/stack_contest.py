@@ -1,6 +1,6 @@
 """One group of the nested benchmark: checked, timed together, its memory counted."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -50,8 +50,6 @@ def run_stack_contest(setting: StackSetting, effort: Effort) -> StackOutcome:
         if outcome.error > TOLERANCE:
             return outcome
         runs = problem.runs()
-        fewest, most = effort.rounds  # one round takes up to half a minute
-        effort = replace(effort, rounds=(min(fewest, 4), most))
         outcome.seconds = interleave(runs, effort, setting.device)
         for row in ("masked", "routed"):
             problem.forget_gradients()

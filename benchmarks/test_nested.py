@@ -3,6 +3,8 @@
 Inference, and the Stage-I training step: a random policy, so that no gate learns.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.conftest import STACKS
@@ -29,6 +31,15 @@ def pytest_generate_tests(metafunc):
     settings = [StackSetting(*group, device=option("bench_device")) for group in groups]
     cases = [(setting, row) for setting in settings for row in ROWS]
     metafunc.parametrize(("setting", "row"), cases, ids=lambda value: str(value).replace(" ", "-"))
+
+
+@pytest.fixture(scope="session")
+def effort(request, effort):
+    """Four rounds unless asked for more: one takes up to half a minute."""
+    if request.config.getoption("bench_rounds") is not None:
+        return effort
+    fewest, most = effort.rounds
+    return replace(effort, rounds=(min(fewest, 4), most))
 
 
 @pytest.mark.benchmark(timer=replay.now)
