@@ -43,6 +43,12 @@ def pytest_configure(config):
     torch.backends.cudnn.allow_tf32 = False
 
 
+def pytest_report_header(config):
+    kernels = ops.compiled.reason or f"compiled, sources {ops.compiled.build_info.sources}"
+    heap = "kept" if config.stash[HEAP_KEPT] else "as the C library has it"
+    return f"dynmm_kernels {__version__}: kernels: {kernels}; freed memory: {heap}"
+
+
 def groups(training: bool, full: bool):
     """(workload, n, p), leaving out a probability that gives the same plan as an earlier one."""
     for name, workload in WORKLOADS.items():

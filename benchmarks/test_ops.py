@@ -1,5 +1,6 @@
 """The functional floor against the PyTorch calls it replaces."""
 
+import itertools
 from collections.abc import Callable
 from statistics import median
 
@@ -159,9 +160,9 @@ def pytest_generate_tests(metafunc):
     """`se_add`: (maps, layout, active samples); the quick profile takes two sizes."""
     if "maps" not in metafunc.fixturenames:
         return
-    sizes = MAPS if metafunc.config.getoption("full") else MAPS[2::2]
-    cases = [(maps, layout, 8) for maps in sizes for layout in FORMATS]
-    cases += [(MAPS[2], layout, 4) for layout in FORMATS]
+    full = metafunc.config.getoption("full")
+    sizes, fused = (MAPS, (2, 4, 8)) if full else (MAPS[2::2], (4, 8))
+    cases = itertools.product(sizes, FORMATS, fused)
     metafunc.parametrize(("maps", "layout", "active"), cases, ids="{}".format)
 
 
