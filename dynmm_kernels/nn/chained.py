@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import levels
+from .. import levels, validation
 from .branch import Branch, as_branch
 from .decisions import straight_through, tempered
 from .execution import without_graph
@@ -182,7 +182,7 @@ class ChainedFusion(StackFusion):
             level = torch.cat([level[:active], choice[active:]])
         plan = levels.route_descending(torch.where(choice < 0, -1, level), 3)
         samples = None if prefix.plan is None else prefix.plan.order
-        F.check_faults(decided, plan.host_header, f"{gate.name}", samples)
+        validation.check_faults(decided, plan.host_header, f"{gate.name}", samples)
         return prefix.sort(plan, keep)
 
     def _run_chain_everywhere(self, run: Run, generator: torch.Generator | None) -> None:
@@ -215,7 +215,7 @@ class ChainedFusion(StackFusion):
     def _own(self, gate: Branch, logits: Tensor, soft: bool) -> Tensor:
         """[N]: the weight of keeping."""
         choice, plan = F.route_argmax(logits.detach())
-        F.check_faults(logits, plan.host_header, f"{gate.name}")
+        validation.check_faults(logits, plan.host_header, f"{gate.name}")
         probs = tempered(logits, self.temperature).softmax(1)
         if soft:
             return probs[:, 1]

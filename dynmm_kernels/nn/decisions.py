@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .. import validation
 from ..plan import RoutingPlan
 
 
@@ -48,7 +49,7 @@ class TopOne:
     def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N] and its plan; the check of the logits rides on the counts."""
         choice, plan = F.route_argmax(logits.detach() if logits.requires_grad else logits)
-        F.check_faults(logits, plan.host_header)
+        validation.check_faults(logits, plan.host_header)
         return choice, plan
 
     def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -87,7 +88,7 @@ class TopK(TopOne):
         values, choice = logits.detach().topk(self.k, dim=1)
         undefined = ~values[:, :1].isfinite() | logits.isnan().any(1, keepdim=True)
         plan = F.route_unless(choice, undefined, logits.shape[1])
-        F.check_faults(logits, plan.host_header, entries_per_row=self.k)
+        validation.check_faults(logits, plan.host_header, entries_per_row=self.k)
         return choice, plan
 
     def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class MultiHot(TopOne):
         choice = logits.detach() > 0
         entries = torch.where(choice, torch.arange(num_branches, device=choice.device), -1)
         plan = F.route_unless(entries, logits.isnan().any(1, keepdim=True), num_branches)
-        F.check_faults(logits, plan.host_header, entries_per_row=num_branches)
+        validation.check_faults(logits, plan.host_header, entries_per_row=num_branches)
         return choice, plan
 
     def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .. import tree
+from .. import tree, validation
 from ..plan import RoutingPlan
 from .arguments import Arguments, gather_arguments
 from .branch import Branch
@@ -38,7 +38,9 @@ def run_everywhere(
     num_rows = weights.shape[0]
     outputs = [branch.call(branch.arguments(batch).whole(num_rows)) for branch in branches]
     rows_run = (num_rows,) * len(outputs)
-    columns, spec = F.check_outputs(outputs, rows_run, [branch.label for branch in branches])
+    columns, spec = validation.check_outputs(
+        outputs, rows_run, [branch.label for branch in branches]
+    )
     return tree.unflatten(
         [blend(column, weights, soft, several) for column in columns], spec
     ), rows_run
@@ -69,10 +71,10 @@ def run_routed(
     outputs = _run_rows(branches, batch, plan, own, whole)
     if learning is not None:
         combined, spec = _learn(branches, plan, learning, own, outputs, rest)
-    elif F.single_tensors_fit(outputs, rows):
+    elif validation.single_tensors_fit(outputs, rows):
         combined, spec = [_combine(plan, outputs, own, batch, weights)], None
     else:
-        columns, spec = F.check_outputs(outputs, rows, [branches[b].label for b in own])
+        columns, spec = validation.check_outputs(outputs, rows, [branches[b].label for b in own])
         combined = [_combine(plan, column, own, batch, weights) for column in columns]
     if len(own) < len(branches) and torch.is_grad_enabled():
         _touch_starved(combined, branches, batch, set(own))
@@ -182,7 +184,7 @@ def _learn(
         last = plan.order.shape[0]
         rest_starts = [rest.plan.starts[b] + last for b in rest.branches]
         index = torch.where(learning.selected, plan.inverse, rest.plan.inverse + last)
-    columns, spec = F.check_outputs(outputs, rows, labels)
+    columns, spec = validation.check_outputs(outputs, rows, labels)
     starts, split = [plan.starts[b] for b in own], len(own)
     combined = [
         F.combine_selected(

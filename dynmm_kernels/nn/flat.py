@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import functional as F
-from .. import tree
+from .. import tree, validation
 from .execution import apart
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
             return None
 
     logits = gate.call(inputs)
-    F.check_logits(logits, num_rows, len(branches))
+    validation.check_logits(logits, num_rows, len(branches))
     order, inverse, header = F.route_flat(logits)
     own, starts, stops, counts, start = [], [], [], [], 0
     for b, branch in enumerate(branches):
@@ -50,14 +50,14 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
             counts.append(stop - start)
             start = stop
     if len(own) == 1:
-        columns, spec = F.check_outputs([own[0].call(inputs)], counts, [own[0].label])
+        columns, spec = validation.check_outputs([own[0].call(inputs)], counts, [own[0].label])
         return tree.unflatten([apart(column[0], inputs) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()
     outputs = [branch.call(rows.pop()) for branch in own]  # a branch's rows are freed once used
-    if F.single_tensors_fit(outputs, counts):
+    if validation.single_tensors_fit(outputs, counts):
         return F.combine_flat(inverse, outputs, starts)
-    columns, spec = F.check_outputs(outputs, counts, [branch.label for branch in own])
+    columns, spec = validation.check_outputs(outputs, counts, [branch.label for branch in own])
     return tree.unflatten([F.combine_flat(inverse, column, starts) for column in columns], spec)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import validation
 from ..plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch, as_branch
@@ -135,7 +136,7 @@ class RoutedFusion(Settings):
     ) -> Decision:
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
         logits = gate.call(gate.arguments(batch).whole(batch.num_rows))
-        F.check_logits(logits, batch.num_rows, num_branches)
+        validation.check_logits(logits, batch.num_rows, num_branches)
         selection, dense = selection_of(self.select), self.execution == "dense"
         if self.draws:
             logits = logits + selection.noise(logits, generator)

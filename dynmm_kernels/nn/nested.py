@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import levels
+from .. import levels, validation
 from .branch import as_branch
 from .decisions import tempered
 from .execution import Learning
@@ -89,7 +89,7 @@ class NestedFusion(StackFusion):
         logits = self._ask(self.gate, *run.inputs, num_depths, generator)
         depth, _ = F.route_argmax(logits.detach())
         plan = levels.route_descending(depth, num_depths)
-        F.check_faults(logits, plan.host_header)
+        validation.check_faults(logits, plan.host_header)
         dense, learns = self.execution == "dense", self._learns(logits)
         if dense or learns or run.reports:
             probs: Tensor = tempered(logits, self.temperature).softmax(1)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
-from .. import levels
+from .. import levels, validation
 from ..plan import RoutingPlan
 from .branch import Branch
 from .decisions import forced, gumbel_like, one_hot, straight_through
@@ -204,7 +203,7 @@ class StackFusion(Settings):
     ) -> Tensor:
         """Logits [n, C], with noise where that is wanted."""
         logits = gate.call(gate.select((main, aux)))
-        F.check_logits(logits, main.shape[0], num_columns, f"{gate.name}")
+        validation.check_logits(logits, main.shape[0], num_columns, f"{gate.name}")
         if self.draws:
             return logits + gumbel_like(logits, generator)
         return logits
