@@ -47,7 +47,7 @@ def run_stack_contest(setting: StackSetting, effort: Effort) -> StackOutcome:
         outcome = StackOutcome(
             problem.error(), costs.ceiling(problem.paths.cpu(), setting.training)
         )
-        if outcome.error > TOLERANCE:
+        if not outcome.error <= TOLERANCE:  # nor where it is nan
             return outcome
         runs = problem.runs()
         outcome.seconds = interleave(runs, effort, setting.device)

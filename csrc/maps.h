@@ -34,6 +34,12 @@ class MapLayout {
                          like.scalar_type());
   }
 
+  // Uninitialised [rows, C] of the type that sums and factors of `like` have.
+  Tensor empty_sums(const Tensor& like, int64_t rows) const {
+    const bool wide = accumulates_in_double(like.scalar_type());
+    return empty_matrix(like, rows, channels, wide ? ScalarType::Double : ScalarType::Float);
+  }
+
   // `t`, or a copy, whose samples lie in this layout, at any distance from each other.
   Tensor bring(const Tensor& t) const {
     if (agree(t, strides_)) return t;
@@ -67,5 +73,11 @@ class MapLayout {
 
   Strides strides_;
 };
+
+// What multiplies maps of T or is added to them, [N, C].
+template <class T>
+const Accumulator<T>* factors(const Tensor& contiguous) {
+  return static_cast<const Accumulator<T>*>(contiguous.const_data_ptr());
+}
 
 }  // namespace dynmm

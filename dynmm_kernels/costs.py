@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +23,11 @@ def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> 
     Args:
         module: a branch or a gate; a `Branch` selects its modalities itself.
         example_inputs: the arguments, a tuple (or one argument): tensors [N, ...] in any nesting.
-        unit: "macs": multiply-accumulates of matrix products, convolutions and attention, by
-            `torch.utils.flop_counter`; elementwise work is not counted. "ms": median wall time
-            of a forward pass of the example batch, without a graph, divided by N.
+        unit: "macs": multiply-accumulates of matrix products, convolutions, attention, recurrent
+            and bilinear layers, by `torch.utils.flop_counter`; elementwise work is not counted.
+            "ms": median wall time of a forward pass of the example batch, divided by N.
+
+    The module is measured in eval mode, without a graph, and left as it was.
 
     Raises:
         ValueError: unknown unit, or inputs without a sample.
@@ -33,29 +38,76 @@ def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> 
     _, num_rows = tree.find_rows(tree.flatten(arguments)[0], "branch_costs inputs")
     if not num_rows:
         raise ValueError("branch_costs: example_inputs must hold at least one sample")
-    total = _macs(module, arguments) if unit == "macs" else _milliseconds(module, arguments)
-    return total / num_rows
+    measure = _macs if unit == "macs" else _milliseconds
+    with _in_eval_mode(module), torch.no_grad():
+        return measure(module, arguments) / num_rows
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """So that the examples leave no trace in the statistics of BatchNorm."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _macs(module: nn.Module, arguments: tuple[Any, ...]) -> float:
-    # The fused attention of eval mode, and that of the CPU, are ops the counter does not see into.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            module(*arguments)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._trilinear: _trilinear_flops}
+    )
+    with _countable(), counter:
+        module(*arguments)
     return counter.get_total_flops() / 2
+
+
+@contextmanager
+def _countable() -> Iterator[None]:
+    """Without the fused attention and recurrent layers, into which the counter does not see."""
+    backends: Any = torch.backends
+    before = backends.mha.get_fastpath_enabled(), backends.mkldnn.enabled, backends.cudnn.enabled
+    backends.mha.set_fastpath_enabled(False)
+    backends.mkldnn.enabled = backends.cudnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        backends.mha.set_fastpath_enabled(before[0])
+        backends.mkldnn.enabled, backends.cudnn.enabled = before[1:]
+
+
+def _trilinear_flops(
+    first: torch.Size,
+    weight: torch.Size,
+    second: torch.Size,
+    expand_first: list[int],
+    expand_weight: list[int],
+    expand_second: list[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """nn.Bilinear: two per element of what its three operands broadcast to."""
+    shapes = []
+    for shape, expanded in (
+        (first, expand_first),
+        (weight, expand_weight),
+        (second, expand_second),
+    ):
+        sizes = [*shape]
+        for dim in sorted(expanded):
+            sizes.insert(dim, 1)
+        shapes.append(sizes)
+    return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
 
 def _milliseconds(module: nn.Module, arguments: tuple[Any, ...], rounds: int = 7) -> float:
     def run() -> float:
         _synchronise(arguments)
         start = time.perf_counter()
-        with torch.no_grad():
-            module(*arguments)
+        module(*arguments)
         _synchronise(arguments)
         return time.perf_counter() - start
 

@@ -75,7 +75,9 @@ def sweep(
                 points.append(
                     Point(seed, weight, execution, _row(fusion, digits, "routed", rounds))
                 )
-            points.append(Point(seed, weight, "routed", _row(fusion, digits, "dense", rounds)))
+                if execution == "routed":
+                    row = _row(fusion, digits, "dense", rounds)
+                    points.append(Point(seed, weight, execution, row))
     return points
 
 
@@ -92,8 +94,12 @@ def _row(fusion: RoutedFusion, digits: Digits, mode: str, rounds: int) -> Row:
 
 def pairs(points: Sequence[Point]) -> list[tuple[Point, Point]]:
     """(masked, routed) of every seed and weight: the same training but for the execution."""
-    hard = [p for p in points if p.cost_weight is not None and p.row.mode == "routed"]
-    return list(zip(hard[::2], hard[1::2], strict=True))
+    hard = {(p.seed, p.cost_weight, p.trained): p for p in points if p.row.mode == "routed"}
+    return [
+        (point, hard[seed, weight, "routed"])
+        for (seed, weight, trained), point in hard.items()
+        if trained == "masked"
+    ]
 
 
 def table(points: Sequence[Point]) -> str:

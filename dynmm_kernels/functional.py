@@ -136,7 +136,7 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
         raise ValueError("combine: every output is None, so the shape of the result is unknown")
     rows = [plan.counts[b] for b in active]
     columns, spec = validation.check_outputs(
-        [outputs[b] for b in active], rows, [str(b) for b in active]
+        [outputs[b] for b in active], rows, [f"branch {b}" for b in active]
     )
     starts = [plan.starts[b] for b in active]
     combined = [combine_rows(plan, column, starts, weights) for column in columns]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .nn.routing import Routing
+from .nn.routing import Routing, mean_cost
 
 Costs = Sequence[float]
 
@@ -68,5 +68,5 @@ def _cost(routing: Routing, costs: Costs | None, reduction: str) -> Tensor:
         raise ValueError(
             f"resource_loss: wanted one cost per branch, {weights.shape[1]}; got {len(costs)}"
         )
-    cost = (weights @ weights.new_tensor(costs)).sum() / max(1, routing.num_rows)
+    cost = mean_cost(weights, costs)
     return cost / weights.shape[1] if reduction == "mean" else cost

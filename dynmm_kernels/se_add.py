@@ -98,7 +98,7 @@ class _SEAdd(torch.autograd.Function):
                 torch.zeros_like(means)
                 if of is None
                 else of * (means.numel() / max(1, maps.numel()))
-                for means, of, maps in zip(ctx.means, grads, (head, aux), strict=False)
+                for means, of, maps in zip(ctx.means, grads[:2], (head, aux), strict=True)
             ]
             scales = [scales.detach() for scales in ctx.scales]
             of_main, of_aux = kernels.se_add_grads(grad, *scales, *shifts)

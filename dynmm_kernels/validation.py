@@ -107,6 +107,8 @@ def check_outputs(
 ) -> tuple[list[tuple[Any, ...]], tree.Spec]:
     """The leaves of all outputs, one column per leaf, after checking that they fit together.
 
+    `names`: what messages call the branches.
+
     Raises:
         ValueError: another structure, shape or number of rows. TypeError: another dtype.
     """
@@ -115,7 +117,7 @@ def check_outputs(
     for name, (leaves, other) in zip(names, flat, strict=True):
         if other != spec or len(leaves) != len(flat[0][0]):
             raise ValueError(
-                f"branch {name} returns another structure than branch {names[0]}: "
+                f"{name} returns another structure than {names[0]}: "
                 f"{_describe(leaves)} against {_describe(flat[0][0])}"
             )
     columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
@@ -125,23 +127,23 @@ def check_outputs(
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
                 if (isinstance(first, Tensor) and first.ndim > 0) or isinstance(leaf, Tensor):
                     raise ValueError(
-                        f"branch {name}: output {position} must be a tensor of shape [{count}, "
+                        f"{name}: output {position} must be a tensor of shape [{count}, "
                         f"...], one row per sample; got {_describe([leaf])}"
                     )
                 continue
             if leaf.shape[0] != count:
                 raise ValueError(
-                    f"branch {name}: output {position} must have {count} rows, one per sample it "
+                    f"{name}: output {position} must have {count} rows, one per sample it "
                     f"received; got shape {list(leaf.shape)}"
                 )
             if leaf.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"branch {name}: output {position} has rows of shape {list(leaf.shape[1:])}, "
-                    f"those of branch {names[0]} have {list(first.shape[1:])}; they must be equal"
+                    f"{name}: output {position} has rows of shape {list(leaf.shape[1:])}, "
+                    f"those of {names[0]} have {list(first.shape[1:])}; they must be equal"
                 )
             if leaf.dtype != first.dtype and not torch.is_autocast_enabled(leaf.device.type):
                 raise TypeError(
-                    f"branch {name}: output {position} is {leaf.dtype}, that of branch "
+                    f"{name}: output {position} is {leaf.dtype}, that of "
                     f"{names[0]} is {first.dtype}; branches must agree on the dtype"
                 )
     return columns, spec

@@ -433,3 +433,17 @@ def test_frozen_modules_are_no_mistake(execution):
     fusion = RoutedFusion(*toy(), execution=execution).requires_grad_(False)
     output = fusion(samples())
     assert not output.requires_grad
+
+
+def test_branches_that_differ_are_named_once():
+    fusion = RoutedFusion(choosing([0, 1], 2), {"p": mlp(3), "q": mlp(2)})
+    with pytest.raises(
+        ValueError, match=r"^branch 'q': output 0 .* those of branch 'p' have \[3\]"
+    ):
+        fusion(samples(2))
+
+
+def test_a_choice_on_another_device():
+    fusion = RoutedFusion(*toy(2))
+    with pytest.raises(ValueError, match="choice must be on meta, as the inputs are; got cpu"):
+        fusion(samples(2).to("meta"), choice=torch.tensor([0, 1]))

@@ -393,6 +393,18 @@ def test_routing(mode, execution):
         assert relative_error(actual, wanted) < 1e-10 if wanted.any() else not actual.any()
 
 
+@pytest.mark.parametrize("execution", ["routed", "masked"])
+@pytest.mark.parametrize("rules", ["dynamic", "only fuse"])
+def test_keep_is_as_wide_as_the_model(rules, execution):
+    """With and without a graph, so that a cost does not depend on it."""
+    wishes = WISHES["twice"]
+    _, _, chained = build("mlp", RULES[rules], execution=execution)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            _, routing = chained(*wishing("mlp", wishes), return_routing=True)
+        assert routing.keep.dtype == routing.weights.dtype == torch.float64
+
+
 def test_executed_cost():
     rules, wishes = RULES["dynamic"], WISHES["twice"]
     gates, (main, aux, fusions), _ = build("mlp", rules)

@@ -27,7 +27,7 @@ from models import (
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynmm_kernels import Branch, Lazy, RoutedFusion, Routing, Shared, branch_costs, resource_loss
+from dynmm_kernels import Branch, Lazy, RoutedFusion, Routing, Shared, resource_loss
 
 CHOICES = {
     "mixed": [0, 2, 1, 0, 2, 2, 1],
@@ -272,26 +272,6 @@ def test_resource_loss_takes_the_branches_costs():
     branches = [Branch(b, cost=c) for b, c in zip(toy()[1], (1.0, 2.0, 4.0), strict=True)]
     fusion = RoutedFusion(choosing([2, 2, 0], 3), branches)
     assert resource_loss(fusion(samples(3), return_routing=True)[1]).item() == pytest.approx(3)
-
-
-def test_branch_costs_count_by_hand():
-    x = samples(5, dtype=torch.float32)
-    assert branch_costs(nn.Linear(6, 7), x) == 42
-    assert branch_costs(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 2)), (x,)) == 56
-    convolution = nn.Conv1d(4, 8, 3, bias=False)
-    assert branch_costs(convolution, torch.randn(2, 4, 10)) == 8 * 4 * 3 * 8
-    assert branch_costs(Branch(nn.Linear(3, 2), inputs=[1]), (x, torch.randn(5, 3))) == 6
-    assert branch_costs(nn.Linear(6, 7), x, unit="ms") > 0
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_branch_costs_count_attention(training):
-    """Projections 4*T*d*d, scores and values 2*T*T*d, feed-forward 2*T*d*f."""
-    layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True, dropout=0)
-    steps = 5
-    macs = 4 * steps * 8 * 8 + 2 * steps * steps * 8 + 2 * steps * 8 * 16
-    assert branch_costs(layer.train(training), torch.randn(3, steps, 8)) == macs
-    assert layer.training is training
 
 
 # Noise

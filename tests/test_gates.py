@@ -240,6 +240,19 @@ def test_uniform_is_the_mean():
     assert (routing.weights == 1 / B).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_uniform_computes_no_wider_than_its_inputs(dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(3, 2, dtype=dtype)
+    fusion = RoutedFusion(nn.Identity(), [nn.Identity(), nn.Identity()])
+    output, routing = fusion(x, choice="uniform", return_routing=True)
+    assert (output.dtype, routing.probs.dtype) == (dtype, wide)
+    stages = [nn.Identity() for _ in range(2)]
+    nested = NestedFusion(nn.Identity(), stages[:1], stages[1:], [Function(lambda r, a: r)])
+    output, routing = nested(x, x, depth="uniform", return_routing=True)
+    assert (output.dtype, routing.probs.dtype) == (dtype, wide)
+
+
 def test_random_and_uniform_depth():
     stages = [Function(lambda x: x + 1) for _ in range(4)]
     fusions = [Function(lambda r, a: r + 10 * a)] * 2
@@ -316,6 +329,7 @@ def test_temperature():
     assert math.isclose(exponential_temperature(500, 500), 1e-3)
     assert math.isclose(exponential_temperature(250, 500), 1e-1**1.5)
     assert exponential_temperature(600, 500) == exponential_temperature(500, 500)
+    assert exponential_temperature(-5, 500) == 1.0
     ratios = [
         exponential_temperature(e + 1, 7, 2.0, 0.5) / exponential_temperature(e, 7, 2.0, 0.5)
         for e in range(7)
@@ -351,6 +365,7 @@ def test_usage_adds_up():
     usage.add(empty)
     assert usage.read() == report
     assert float(resource_loss(empty)) == 0
+    assert float(empty.expected_cost) == 0.5
     usage.reset()
     assert usage.read() == (0, (), (), None, None)
 
@@ -367,6 +382,28 @@ def test_usage_without_costs_and_of_a_dense_run():
     assert sum(report.counts) == N + N * B
     with pytest.raises(ValueError, match="wanted a routing over 4 branches"):
         usage.add(RoutedFusion(*toy(2))(torch.randn(3, 6).double(), return_routing=True)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_costs_in_half_precision(dtype):
+    """Costs are counted in billions, which half precision neither holds nor adds up."""
+    costs = [1e9, 7e10]
+    fusion = RoutedFusion(
+        FixedGate(torch.randn(64, 2).to(dtype)),
+        [Branch(nn.Identity(), cost=cost) for cost in costs],
+    )
+    usage = Usage()
+    for _ in range(100):
+        _, routing = fusion(torch.zeros(64, 1), return_routing=True)
+        usage.add(routing)
+    expected = routing.probs.detach().double().mean(0) @ torch.tensor(costs).double()
+    hard = sum(n * cost for n, cost in zip(routing.counts, costs, strict=True)) / 64
+    assert math.isclose(float(routing.expected_cost), float(expected), rel_tol=1e-5)
+    assert math.isclose(usage.read().expected_cost, float(expected), rel_tol=1e-5)
+    loss = resource_loss(routing)
+    assert math.isclose(float(loss), hard, rel_tol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    (loss / 1e9).backward()
+    assert fusion.gate.module.logits.grad.isfinite().all()
 
 
 def test_usage_of_depths():

@@ -303,15 +303,6 @@ def test_parameters_and_buffers_are_not_written_to():
         assert_close(output, before + inputs[1] * fuses)
 
 
-def test_fused_rows_are_written_in_place(monkeypatch):
-    """Without a graph, no second tensor of all rows is made."""
-    _, _, nested = build("mlp", PATTERNS["mixed"])
-    monkeypatch.setattr(torch, "cat", lambda *args: pytest.fail("torch.cat without a graph"))
-    nested.gate = Branch(choosing(PATTERNS["mixed"], 5))
-    with torch.no_grad():
-        nested(*batch("mlp", 9))
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wide", [False, True])
 def test_autocast(wide, mode):
@@ -513,9 +504,13 @@ def test_bad_calls():
         nested(main, [aux])
     with pytest.raises(ValueError, match="scalar"):
         nested(main.sum(), aux)
-    for k in (0, 3, "1"):
+    for k in (0, 3, "1", True):
         with pytest.raises(ValueError, match=r"stages must be numbers in 1\.\.2"):
             nested(main, aux, stages=(k,))
+    with pytest.raises(ValueError, match=r"stages must be numbers in 1\.\.2, in a list; got 1"):
+        nested(main, aux, stages=1)
+    with pytest.raises(ValueError, match=r"depth must be on meta, as the inputs are; got cpu"):
+        nested(main.to("meta"), aux.to("meta"), depth=torch.tensor([0, 1, 2]))
 
 
 def test_bad_construction():

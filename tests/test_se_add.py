@@ -298,3 +298,24 @@ def test_a_fusion_that_fuses_prefixes_gets_the_whole_main_stream():
     nested = NestedFusion(nn.Identity(), stages[:2], stages[2:], [Spy(3), Spy(3)])
     nested(torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), depth=depth)
     assert seen == [(4, 3), (4, 2)]
+
+
+def test_the_number_of_channels_is_checked():
+    with pytest.raises(ValueError, match=r"SEAdd: wanted \[N, 8, ...\]; got \[3, 6, 4, 4\]"):
+        SEAdd(8)(torch.zeros(3, 6, 4, 4), torch.zeros(3, 6, 4, 4))
+
+
+def test_concat_is_a_linear_map_and_keeps_channels_last():
+    main, aux = torch.randn(3, 4, 5, 6), torch.randn(3, 2, 5, 6)
+    concat = Concat(4, 2)
+    flat = nn.functional.linear(
+        torch.cat([main, aux], 1).movedim(1, -1),
+        concat.project.weight[:, :, 0],
+        concat.project.bias,
+    ).movedim(-1, 1)
+    torch.testing.assert_close(concat(main, aux), flat)
+    last = concat(*(x.to(memory_format=torch.channels_last) for x in (main, aux)))
+    torch.testing.assert_close(last, flat)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    for pick in ((..., 0), (..., 0, 0)):
+        torch.testing.assert_close(concat(main[pick], aux[pick]), flat[pick])

@@ -16,9 +16,6 @@ constexpr int64_t kSpan = 256;  // channels that one thread sums at a time where
 constexpr int64_t kShort = 16;  // terms added up before they go to a double
 constexpr int64_t kLanes = 16;
 
-template <class T>
-using Factor = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // The samples of `t`, brought to `layout`.
 template <class T>
 struct Samples {
@@ -33,11 +30,6 @@ struct Samples {
 
   T* sample(int64_t n) const { return base + n * stride; }
 };
-
-template <class T>
-const Factor<T>* factors(const Tensor& contiguous) {
-  return static_cast<const Factor<T>*>(contiguous.const_data_ptr());
-}
 
 // Calls run(n, offset, factor, size): `size` elements of sample n from `offset` on; the factors of
 // element i are at factor + i * kStep, kStep being 1 where channels come last, else 0.
@@ -144,11 +136,6 @@ void sum_channels(const MapLayout& layout, int64_t rows, double scale, const F& 
   });
 }
 
-Tensor empty_sums(const Tensor& like, int64_t rows, const MapLayout& layout) {
-  const bool wide = accumulates_in_double(like.scalar_type());
-  return empty_matrix(like, rows, layout.channels, wide ? ScalarType::Double : ScalarType::Float);
-}
-
 }  // namespace
 
 Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
@@ -178,10 +165,10 @@ Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
 Tensor se_add_means(const Tensor& maps) {
   const MapLayout layout(maps);
   const int64_t rows = maps.size(0);
-  const Tensor means = empty_sums(maps, rows, layout);
+  const Tensor means = layout.empty_sums(maps, rows);
   visit_floating(maps.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    using A = Factor<T>;
+    using A = Accumulator<T>;
     const Samples<T> m(maps, layout);
     const auto values = [&m](int64_t n, int64_t offset) {
       return [x = m.sample(n) + offset](int64_t i) { return static_cast<A>(x[i]); };
@@ -195,11 +182,10 @@ Tensor se_add_means(const Tensor& maps) {
 std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, const Tensor& aux) {
   const MapLayout layout(grad);
   const int64_t active = aux.size(0);
-  const Tensor of_main = empty_sums(grad, active, layout),
-               of_aux = empty_sums(grad, active, layout);
+  const Tensor of_main = layout.empty_sums(grad, active), of_aux = layout.empty_sums(grad, active);
   visit_floating(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    using A = Factor<T>;
+    using A = Accumulator<T>;
     const Samples<T> g(grad, layout), m(main, layout), a(aux, layout);
     const auto product = [&g](const Samples<T>& other) {
       return [&g, &other](int64_t n, int64_t offset) {

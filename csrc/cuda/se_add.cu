@@ -8,11 +8,6 @@
 namespace dynmm {
 namespace {
 
-template <class T>
-const Accumulator<T>* factors(const Tensor& contiguous) {
-  return static_cast<const Accumulator<T>*>(contiguous.const_data_ptr());
-}
-
 // The factors [C] of the values from element `first` of a sample on. With channels last they lie
 // together; else one unit may cover the end of a channel and the beginning of the next.
 template <bool kLast, int kValues, class A>

@@ -119,17 +119,12 @@ void sum_channels(const MapLayout& layout, const Samples& maps, const Samples& m
   });
 }
 
-Tensor empty_sums(const Tensor& like, int64_t rows, const MapLayout& layout) {
-  const bool wide = accumulates_in_double(like.scalar_type());
-  return empty_matrix(like, rows, layout.channels, wide ? ScalarType::Double : ScalarType::Float);
-}
-
 }  // namespace
 
 Tensor se_add_means(const Tensor& maps) {
   const OnDeviceOf device(maps);
   const MapLayout layout(maps);
-  const Tensor means = empty_sums(maps, maps.size(0), layout);
+  const Tensor means = layout.empty_sums(maps, maps.size(0));
   const Samples m(maps, layout);
   sum_channels<false>(layout, m, m, m, means, means, device.stream());
   return means;
@@ -138,8 +133,8 @@ Tensor se_add_means(const Tensor& maps) {
 std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, const Tensor& aux) {
   const OnDeviceOf device(grad);
   const MapLayout layout(grad);
-  const Tensor of_main = empty_sums(grad, aux.size(0), layout);
-  const Tensor of_aux = empty_sums(grad, aux.size(0), layout);
+  const Tensor of_main = layout.empty_sums(grad, aux.size(0));
+  const Tensor of_aux = layout.empty_sums(grad, aux.size(0));
   const Samples g(grad, layout), m(main, layout), a(aux, layout);
   sum_channels<true>(layout, g, m, a, of_main, of_aux, device.stream());
   return {of_main, of_aux};

@@ -41,9 +41,9 @@ class Arguments:
             return self.leaves
         return [self.leaves[i] for i in self.rows if isinstance(self.leaves[i], Tensor)]
 
-    def whole(self, num_rows: int | None) -> tuple[Any, ...]:
-        """The arguments for the whole batch; no tensor is copied."""
-        if self.plain:
+    def whole(self, num_rows: int | None, copied: bool = False) -> tuple[Any, ...]:
+        """The arguments for the whole batch: the caller's own tensors, unless they are `copied`."""
+        if self.plain and not copied:
             return self.selected
         indices = None
         rows = []
@@ -57,6 +57,8 @@ class Arguments:
                     )
                 indices = torch.arange(num_rows) if indices is None else indices
                 leaf = self.fetch(leaf, indices)
+            elif copied:
+                leaf = leaf.clone()
             rows.append(leaf)
         return self.of(rows)
 
@@ -90,7 +92,7 @@ def gather_arguments(
 ) -> list[tuple[Any, ...]]:
     """For each branch its arguments with only its own rows.
 
-    All tensors of all branches move in one call; a branch that has every row moves nothing.
+    All tensors of all branches move in one call.
     """
     first, size = arguments[0], len(arguments[0].leaves)
     if len(branches) > 1 and first.plain and all(own is first for own in arguments):
@@ -103,8 +105,6 @@ def gather_arguments(
     index_of: dict[int, int] = {}
     index, owner = [], []
     for branch, own in zip(branches, arguments, strict=True):
-        if plan.counts[branch] == plan.num_rows:
-            continue
         for tensor in own.tensors():
             position = index_of.setdefault(id(tensor), len(sources))
             if position == len(sources):
@@ -113,9 +113,7 @@ def gather_arguments(
             owner.append(branch)
     gathered = iter(F.gather_rows(plan, sources, index, owner) if index else ())
     return [
-        own.whole(plan.num_rows)
-        if plan.counts[branch] == plan.num_rows
-        else own.of(_next_rows(own, gathered, plan, branch))
+        own.of(_next_rows(own, gathered, plan, branch))
         for branch, own in zip(branches, arguments, strict=True)
     ]
 

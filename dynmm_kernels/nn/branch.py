@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .arguments import Arguments
+from .memory import versions
 
 Selector = str | int | Sequence[str | int] | Callable[..., Any] | None
 
@@ -46,6 +47,7 @@ class Branch(nn.Module):
         self.name = name
         self.cost = cost
         self.norms = _batch_norms(module)
+        self.in_place = _has_in_place_layers(module)
 
     def forward(self, *inputs: Any) -> Any:
         return self.module(*self.select(inputs))
@@ -53,6 +55,7 @@ class Branch(nn.Module):
     def train(self, mode: bool = True) -> Branch:
         super().train(mode)
         self.norms = _batch_norms(self.module)
+        self.in_place = _has_in_place_layers(self.module)
         return self
 
     def extra_repr(self) -> str:
@@ -123,6 +126,21 @@ class Branch(nn.Module):
             error.args = (f"{note}: {text}", *error.args[1:]) if text else (note, *error.args)
             raise
 
+    def call_reading(self, tensors: Iterable[Tensor], arguments: Sequence[Any]) -> Any:
+        """`call` where others read `tensors`, too: the caller, the gate, other branches.
+
+        Raises:
+            ValueError: the module wrote into them.
+        """
+        before = versions(tensors)
+        output = self.call(arguments)
+        if versions(tensors) != before:
+            raise ValueError(
+                f"{self.label} must not write into its inputs, which others read as well; let its "
+                "first operation work out of place"
+            )
+        return output
+
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
         """BatchNorm goes on using batch statistics, but does not record them."""
@@ -136,6 +154,20 @@ class Branch(nn.Module):
                 norm.track_running_stats = True
 
 
+class Branches(nn.ModuleList):
+    """Branches or stages; a module put in the place of one takes over its name and inputs."""
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        super().__setitem__(index, in_place_of(self[index], module))
+
+
+def in_place_of(old: nn.Module | None, module: nn.Module) -> nn.Module:
+    """`module` as a branch called as `old` is, whose cost it need not have."""
+    if isinstance(module, Branch) or not isinstance(old, Branch):
+        return module
+    return type(old)(module, old.inputs, old.name)
+
+
 def as_branch(module: nn.Module, name: str) -> Branch:
     """A named branch; a Branch without a name is not marked by the fusion that uses it."""
     if not isinstance(module, Branch):
@@ -147,3 +179,8 @@ def as_branch(module: nn.Module, name: str) -> Branch:
 
 def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def _has_in_place_layers(module: nn.Module) -> bool:
+    """Whether it may write into its inputs: ReLU(inplace=True) and its kind."""
+    return any(getattr(part, "inplace", False) is True for part in module.modules())

@@ -125,7 +125,7 @@ class ChainedFusion(StackFusion):
         """Routed."""
         exact, size = self.gate_grad == "straight_through", run.num_rows
         device = run.inputs[0].device
-        prefix, keep = Prefix(run.inputs), None
+        prefix, keep = Prefix(run.inputs, run.reads_aux), None
         keeps: list[Tensor | None] = []
         depth = torch.zeros(size, dtype=torch.int64, device=device)
         for k, cell in enumerate(run.cells, start=1):
@@ -188,7 +188,8 @@ class ChainedFusion(StackFusion):
     def _run_chain_everywhere(self, run: Run, generator: torch.Generator | None) -> None:
         """Masked and dense."""
         soft, selected = self.execution == "dense", self.gate_grad == "selected"
-        keep = torch.ones(run.num_rows, device=run.inputs[0].device)
+        dtype = torch.promote_types(run.inputs[0].dtype, torch.float32)
+        keep = torch.ones(run.num_rows, dtype=dtype, device=run.inputs[0].device)
         keeps: list[Tensor | None] = []
 
         def weigh(k: int, main: Tensor, aux: Tensor) -> Tensor:
@@ -226,8 +227,9 @@ class ChainedFusion(StackFusion):
     def _report(self, run: Run, depth: Tensor, keeps: Sequence[Tensor | None]) -> None:
         run.depth = depth
         run.plan = levels.route_descending(depth, len(run.cells) + 1)
+        dtype = torch.promote_types(run.inputs[0].dtype, torch.float32)
         columns = [
-            (depth >= k).float() if keep is None else keep for k, keep in enumerate(keeps, start=1)
+            (depth >= k).to(dtype) if own is None else own for k, own in enumerate(keeps, start=1)
         ]
         run.keep = torch.cat([column.unsqueeze(1) for column in columns], 1)
 

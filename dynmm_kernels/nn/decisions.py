@@ -151,7 +151,7 @@ def forced(
         num_rows: N; None where the inputs do not tell.
 
     Raises:
-        ValueError: out of range, or another shape. TypeError: anything else.
+        ValueError: out of range, another shape or another device. TypeError: anything else.
     """
     if isinstance(choice, int) and not isinstance(choice, bool):
         if not 0 <= choice < num_choices:
@@ -171,6 +171,8 @@ def forced(
             f"{name} must be an int or a LongTensor [N], or 'random' or 'uniform'; got "
             f"{choice if isinstance(choice, str) else got!r}"
         )
+    if device is not None and choice.device != device:
+        raise ValueError(f"{name} must be on {device}, as the inputs are; got {choice.device}")
     if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
         size = "N" if num_rows is None else num_rows
         raise ValueError(f"{name} must have shape [{size}]; got {list(choice.shape)}")

@@ -14,6 +14,7 @@ from .. import tree, validation
 from ..plan import RoutingPlan
 from .arguments import Arguments, gather_arguments
 from .branch import Branch
+from .memory import apart
 
 
 class Learning(NamedTuple):
@@ -36,7 +37,7 @@ def run_everywhere(
     soft: weights other than 0 and 1. several: more than one of them may be 1.
     """
     num_rows = weights.shape[0]
-    outputs = [branch.call(branch.arguments(batch).whole(num_rows)) for branch in branches]
+    outputs = [call_whole(branch, batch, num_rows) for branch in branches]
     rows_run = (num_rows,) * len(outputs)
     columns, spec = validation.check_outputs(
         outputs, rows_run, [branch.label for branch in branches]
@@ -86,12 +87,18 @@ def run_routed(
     return tree.unflatten(combined, spec), rows_run
 
 
+def call_whole(branch: Branch, batch: Arguments, num_rows: int | None) -> Any:
+    """A branch on all samples, which it reads from the caller's tensors if it can be trusted."""
+    own = branch.arguments(batch)
+    return branch.call_reading(own.tensors(), own.whole(num_rows, copied=branch.in_place))
+
+
 def _run_coupled(branches: Sequence[Branch], batch: Arguments, num_rows: int) -> dict[int, Any]:
     """Outputs for the whole batch of the branches whose BatchNorm needs it."""
     whole = {}
     for b, branch in enumerate(branches):
         if branch.couples_samples():
-            whole[b] = branch.call(branch.arguments(batch).whole(num_rows))
+            whole[b] = call_whole(branch, batch, num_rows)
     return whole
 
 
@@ -103,7 +110,7 @@ def _run_rows(
     whole: dict[int, Any],
 ) -> list[Any]:
     """The outputs of the branches `wanted` for the rows that `plan` gives them."""
-    alone = [b for b in wanted if b not in whole]
+    alone = [b for b in wanted if b not in whole and plan.counts[b] < plan.num_rows]
     arguments: list[tuple[Any, ...]] = []
     if alone:
         arguments = gather_arguments(plan, alone, [branches[b].arguments(batch) for b in alone])
@@ -112,6 +119,8 @@ def _run_rows(
     for b in wanted:
         if b in whole:
             outputs.append(_rows_of(plan, b, whole[b]))
+        elif plan.counts[b] == plan.num_rows:
+            outputs.append(call_whole(branches[b], batch, plan.num_rows))
         else:
             outputs.append(branches[b].call(arguments.pop()))  # the rows are freed once used
     return outputs
@@ -206,19 +215,6 @@ def _combine(
         return apart(column[0], batch.tensors())
     starts = plan.host_header
     return F.combine_rows(plan, column, [starts[b] for b in own], weights)
-
-
-def apart(output: Any, inputs: Sequence[Tensor]) -> Any:
-    """`output`, copied if it lies in an input's memory (an identity branch that got every sample).
-
-    Otherwise writing into the result would write into the batch, on such batches only.
-    """
-    if isinstance(output, Tensor):
-        memory = output.untyped_storage().data_ptr()
-        for tensor in inputs:
-            if tensor.untyped_storage().data_ptr() == memory:
-                return output.clone()
-    return output
 
 
 def _touch_starved(

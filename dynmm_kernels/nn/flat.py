@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .. import tree, validation
-from .execution import apart
+from .memory import apart
 
 if TYPE_CHECKING:
     from .fusion import RoutedFusion
@@ -31,13 +31,13 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
     modules: dict[str, Any] = fusion._modules
     gate, branches = modules["gate"], list(modules["branches"]._modules.values())
     num_rows = _num_rows(inputs)
-    if not num_rows or gate.inputs is not None:
+    if not num_rows or gate.inputs is not None or gate.in_place:
         return None
     for branch in branches:
-        if branch.inputs is not None or branch.norms:
+        if branch.inputs is not None or branch.norms or branch.in_place:
             return None
 
-    logits = gate.call(inputs)
+    logits = gate.call_reading(inputs, inputs)
     validation.check_logits(logits, num_rows, len(branches))
     order, inverse, header = F.route_flat(logits)
     own, starts, stops, counts, start = [], [], [], [], 0
@@ -50,7 +50,9 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
             counts.append(stop - start)
             start = stop
     if len(own) == 1:
-        columns, spec = validation.check_outputs([own[0].call(inputs)], counts, [own[0].label])
+        columns, spec = validation.check_outputs(
+            [own[0].call_reading(inputs, inputs)], counts, [own[0].label]
+        )
         return tree.unflatten([apart(column[0], inputs) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from .. import functional as F
 from .. import validation
 from ..plan import RoutingPlan
 from .arguments import Arguments
-from .branch import Branch, as_branch
+from .branch import Branch, Branches, as_branch
 from .decisions import TopOne, forced, selection_of
-from .execution import Learning, run_everywhere, run_routed
+from .execution import Learning, call_whole, run_everywhere, run_routed
 from .flat import run_flat
 from .routing import Routing
 from .settings import Settings
@@ -33,6 +33,7 @@ class RoutedFusion(Settings):
         gate_grad: the gradient of the gate where its graph is recorded. "straight_through": exactly
             that of masked execution; the samples a branch was not chosen for run through it without
             a graph. "selected": from the chosen branch alone; cheapest, biased. "none": none.
+            Dense execution always differentiates its probabilities.
         temperature: of the softmax.
         noise: None; "gumbel" to sample the choice (DynMM eq. 3) while training; "gumbel_always" to
             sample it in eval, too.
@@ -50,7 +51,7 @@ class RoutedFusion(Settings):
     def __init__(
         self,
         gate: nn.Module,
-        branches: Sequence[nn.Module] | Mapping[str, nn.Module],
+        branches: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
         *,
         execution: str = "auto",
         gate_grad: str = "straight_through",
@@ -60,9 +61,13 @@ class RoutedFusion(Settings):
         batch_norm: str = "masked",
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm)
-        named = branches.items() if isinstance(branches, Mapping) else enumerate(branches)
+        named: Iterable[tuple[Any, nn.Module]] = (
+            branches.items()
+            if isinstance(branches, (Mapping, nn.ModuleDict))
+            else enumerate(branches)
+        )
         self.gate = as_branch(gate, "gate")
-        self.branches = nn.ModuleList(as_branch(module, str(name)) for name, module in named)
+        self.branches = Branches(as_branch(module, str(name)) for name, module in named)
         names = [branch.name for branch in self.branches]
         if not names:
             raise ValueError("RoutedFusion: branches is empty; give at least one module")
@@ -135,7 +140,7 @@ class RoutedFusion(Settings):
         generator: torch.Generator | None,
     ) -> Decision:
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
-        logits = gate.call(gate.arguments(batch).whole(batch.num_rows))
+        logits = call_whole(gate, batch, batch.num_rows)
         validation.check_logits(logits, batch.num_rows, num_branches)
         selection, dense = selection_of(self.select), self.execution == "dense"
         if self.draws:
@@ -196,7 +201,8 @@ def _obey(
     choice: Any, batch: Arguments, num_branches: int, generator: torch.Generator | None
 ) -> Decision:
     """A forced decision."""
-    device = batch.tensors()[0].device if batch.num_rows is not None else None
+    tensors = batch.tensors()
+    device = tensors[0].device if tensors else None
     uniform = isinstance(choice, str) and choice == "uniform"
     chosen = forced(
         0 if uniform else choice, "choice", num_branches, batch.num_rows, device, generator
@@ -205,5 +211,7 @@ def _obey(
     if not uniform:
         return Decision(TopOne(), chosen, plan)
     shape = (plan.num_rows, num_branches)
-    probs = torch.full(shape, 1 / num_branches, dtype=torch.float64, device=device)
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if double else torch.float32
+    probs = torch.full(shape, 1 / num_branches, dtype=dtype, device=device)
     return Decision(TopOne(), chosen, plan, probs, dense=True)

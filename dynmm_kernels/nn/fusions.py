@@ -49,9 +49,11 @@ class Concat(nn.Module):
         self.project = nn.Conv1d(both, channels, kernel_size=1)
 
     def forward(self, main: Tensor, aux: Tensor) -> Tensor:
-        pixels = torch.cat([main, aux], 1).flatten(2) if main.ndim > 2 else None
-        if pixels is None:
-            pixels = torch.cat([main, aux], 1).unsqueeze(2)
+        both = torch.cat([main, aux], 1)
+        if both.ndim == 4:  # so that channels last stays
+            weight = self.project.weight.unsqueeze(3)
+            return nn.functional.conv2d(both, weight, self.project.bias)
+        pixels = both.flatten(2) if both.ndim > 2 else both.unsqueeze(2)
         return self.project(pixels).reshape(main.shape)
 
 
@@ -73,10 +75,13 @@ class SEAdd(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
+        self.channels = channels
         self.excite_main = _excitation(channels, reduction)
         self.excite_aux = _excitation(channels, reduction)
 
     def forward(self, main: Tensor, aux: Tensor) -> Tensor:
+        if isinstance(main, Tensor) and main.ndim > 1 and main.shape[1] != self.channels:
+            raise ValueError(f"SEAdd: wanted [N, {self.channels}, ...]; got {list(main.shape)}")
         return se_add.se_add(main, aux, self.excite_main, self.excite_aux, [*self.parameters()])
 
 

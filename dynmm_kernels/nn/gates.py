@@ -56,6 +56,8 @@ def exponential_temperature(
 ) -> float:
     """From `start` in epoch 0 to `end` in epoch `epochs`, by the same factor every epoch.
 
+    Constant before and after.
+
     DynMM anneals its softmax so, from 1 to 0.001 over 500 epochs:
     `fusion.temperature = exponential_temperature(epoch, 500)`.
     """
@@ -64,4 +66,4 @@ def exponential_temperature(
             f"exponential_temperature: wanted epochs >= 1 and positive temperatures; got "
             f"epochs={epochs}, start={start}, end={end}"
         )
-    return float(start * (end / start) ** (min(epoch, epochs) / epochs))
+    return float(start * (end / start) ** (min(max(epoch, 0), epochs) / epochs))

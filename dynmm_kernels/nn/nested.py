@@ -46,7 +46,7 @@ class NestedFusion(StackFusion):
             d/d active_k = <dm, fusion_k(r, a)> and d/d skip_k = <dm, r>; where a sample has
             stopped, its auxiliary stages and fusions run without a graph. "selected": of these
             two only that of what ran, so active_k where k <= d, else skip_k; cheaper, biased.
-            "none": none.
+            "none": none. Dense execution always differentiates its probabilities.
         temperature: of the softmax.
         noise: None; "gumbel" to sample the depth (DynMM eq. 3) while training; "gumbel_always" to
             sample it in eval, too.
@@ -54,9 +54,7 @@ class NestedFusion(StackFusion):
             "masked": the stack runs masked, which is exact. "subset": it runs routed, on
             statistics of the samples that came so far.
 
-    Where no graph is recorded, the output of a main stage is overwritten with the fused rows, so a
-    forward hook that keeps it sees those; memory of inputs, parameters and buffers is never
-    written to. Dropout draws differ between masked and routed execution.
+    Dropout draws differ between masked and routed execution.
     """
 
     def __init__(

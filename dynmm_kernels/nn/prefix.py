@@ -6,6 +6,7 @@ somebody reads it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
-from .branch import Branch
-from .execution import apart, without_graph
+from .branch import Branch, Branches
+from .execution import without_graph
+from .memory import apart
 
 
 class Stage(Branch):
@@ -31,9 +33,16 @@ class Stage(Branch):
         """Whether it takes fewer rows of the second tensor than of the first, and fuses those."""
         return getattr(self._modules["module"], "fuses_prefix", False)
 
-    def run(self, *tensors: Tensor) -> Tensor:
-        """The module's output for tensors of n rows, checked to be a tensor of n rows."""
-        output = self.call(tensors)
+    def spare(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """`tensor`, or a copy if it lies in an input's memory and this stage may write there."""
+        return apart(tensor, inputs) if self.in_place else tensor
+
+    def run(self, *tensors: Tensor, read: Sequence[Tensor]) -> Tensor:
+        """The module's output for tensors of n rows, checked to be a tensor of n rows.
+
+        `read`: what others read, so that the module must not write there.
+        """
+        output = self.call_reading(read, tensors)
         rows = tensors[0].shape[0]
         if not isinstance(output, Tensor):
             raise TypeError(f"{self.label} must return a tensor; got {type(output).__name__}")
@@ -65,7 +74,7 @@ class Cell(NamedTuple):
 
     def fuse(self, main: Tensor, aux: Tensor) -> Tensor:
         """The fused rows, checked to be like those of the main stream."""
-        fused = self.fusion.run(main, aux)
+        fused = self.fusion.run(main, aux, read=(main, aux))
         if fused.shape != main.shape:
             raise ValueError(
                 f"{self.fusion.label} must return the shape of what {self.main.label} returns, "
@@ -92,15 +101,19 @@ class Prefix:
     """Both streams between two cells, N samples in slots.
 
     Attributes:
+        reads_aux: whether any cell does.
         main: [N, ...].
+        lent: whether the caller reads `main`, too.
         aux: [n, ...], the samples that still fuse; None where n is 0.
         rest: [r, ...], samples n..n+r: the exact gradient of the gate asks what fusing them would
             have given. Without a graph. None where r is 0.
         plan: which sample is in which slot; None: as in the batch.
     """
 
-    def __init__(self, inputs: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, inputs: tuple[Tensor, Tensor], reads_aux: bool) -> None:
         self.inputs = inputs
+        self.reads_aux = reads_aux
+        self.lent = False
         self.main = inputs[0]
         self.aux: Tensor | None = inputs[1]
         self.rest: Tensor | None = None
@@ -193,7 +206,7 @@ class Prefix:
         self.plan = levels.permutation(order)
 
     def _go_on(self, aux: Tensor, count: int) -> None:
-        if count == 0:
+        if count == 0 and self.reads_aux and aux.requires_grad and torch.is_grad_enabled():
             self.starved.append(aux)
         self.aux = aux[:count] if count else None
 
@@ -204,14 +217,16 @@ class Prefix:
             weights: [N, 2], of skipping and of fusing, where the gate learns from this cell.
             exact: whether weights that are 0 learn, too.
         """
-        main = cell.main.run(self.main)
-        self.main = main  # frees what the stage read
+        read = [*self.inputs, self.main] if self.lent else self.inputs
+        main = cell.main.run(cell.main.spare(self.main, self.inputs), read=read)
+        del read
+        self.main, self.lent = main, False  # frees what the stage read
         self.rows_run.append(self.active + self.following if cell.reads else 0)
         rest = self._follow(cell, main)
         if self.aux is None:
             self.starved += cell.starved()
         elif cell.reads:
-            self.aux = cell.aux.run(self.aux)
+            self.aux = cell.aux.run(cell.aux.spare(self.aux, self.inputs), read=self.inputs)
         if not cell.fuses:
             return
         if weights is None:
@@ -231,7 +246,7 @@ class Prefix:
         head, tail = _split(main, self.active)
         if tail is None or head is None:
             return cell.fuse(main, aux)
-        return self._join(cell, main, cell.fuse(head, aux), tail)
+        return torch.cat([cell.fuse(head, aux), tail])
 
     def _follow(self, cell: Cell, main: Tensor) -> Tensor | None:
         """What the cell would make of the rest: forward only, for its gradient is zero."""
@@ -240,32 +255,16 @@ class Prefix:
         with without_graph(), ExitStack() as stack:
             stack.enter_context(cell.aux.frozen_statistics())
             stack.enter_context(cell.fusion.frozen_statistics())
-            self.rest = cell.aux.run(self.rest)
+            self.rest = cell.aux.run(cell.aux.spare(self.rest, self.inputs), read=self.inputs)
             if not cell.fuses:
                 return None
             return cell.fuse(main.detach()[self.active : self.active + self.following], self.rest)
-
-    def _join(self, cell: Cell, main: Tensor, fused: Tensor, tail: Tensor) -> Tensor:
-        """`fused` in place of the first rows of `main`: in its memory, where nobody else reads it.
-
-        Without a graph the output of a main stage is only ours, unless it lies in the memory of a
-        parameter, a buffer, an input or the auxiliary stream.
-        """
-        graph = torch.is_grad_enabled() and (main.requires_grad or fused.requires_grad)
-        if graph or fused.dtype != main.dtype or not _dense(main):
-            return torch.cat([fused, tail])
-        memory = main.untyped_storage().data_ptr()
-        others = [*self.inputs, self.aux, *cell.main.parameters(), *cell.main.buffers()]
-        for other in others:
-            if other is not None and other.untyped_storage().data_ptr() == memory:
-                return torch.cat([fused, tail])
-        main[: fused.shape[0]].copy_(fused)
-        return main
 
     def read(self) -> Tensor:
         """The main stream in sample order, in memory of its own."""
         output = self.main
         output = apart(output, self.inputs) if self.plan is None else self.restore(output)
+        self.lent = True  # also where it was copied: a stage that writes there fails every time
         wanting = [tensor for tensor in self.starved if tensor.requires_grad]
         if wanting and output.is_floating_point() and torch.is_grad_enabled():
             output = F.touch(output, wanting)  # exact zeros, as when masked, instead of None
@@ -276,9 +275,9 @@ class Prefix:
         return slots if self.plan is None else F.combine_rows(self.plan, [slots], [0])
 
 
-def make_stages(modules: list[nn.Module], kind: str) -> nn.ModuleList:
+def make_stages(modules: list[nn.Module], kind: str) -> Branches:
     """Each module as a `Stage` called "`kind` k", counting from 1; a Branch keeps name and cost."""
-    stages = nn.ModuleList()
+    stages = Branches()
     for k, module in enumerate(modules, start=1):
         name, cost = f"{kind} {k}", None
         if isinstance(module, Branch):
@@ -305,10 +304,3 @@ def _split(rows: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
 def _replace(rows: Tensor, first: Tensor) -> Tensor:
     """`rows` with `first` for its first rows."""
     return first if len(first) == len(rows) else torch.cat([first, rows[len(first) :]])
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether every element has memory of its own, in a common format."""
-    if tensor.is_contiguous():
-        return True
-    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)

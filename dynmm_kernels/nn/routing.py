@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,8 +77,7 @@ class Routing:
         """Mean over samples of probs . costs plus the gate's cost: a differentiable scalar."""
         if self.costs is None or self.probs is None:
             return None
-        costs = self.probs.new_tensor(self.costs)
-        return (self.probs @ costs).mean() + self.gate_cost
+        return mean_cost(self.probs, self.costs) + self.gate_cost
 
     @property
     def executed_cost(self) -> float | None:
@@ -139,7 +139,7 @@ class DepthRouting(Routing):
         """
         if self.costs is None or self.keep is None:
             return super().expected_cost
-        return (self.weights @ self.keep.new_tensor(self.costs)).mean() + self.gate_cost
+        return mean_cost(self.weights, self.costs) + self.gate_cost
 
     @property
     def executed_cost(self) -> float | None:
@@ -151,3 +151,14 @@ class DepthRouting(Routing):
             total += rows * (cost - before)
             before = cost
         return total / max(1, self.num_rows) + self.gate_cost
+
+
+def mean_cost(weights: Tensor, costs: Sequence[float]) -> Tensor:
+    """Mean over samples of sum_b weights[:, b] * costs[b]: a scalar in fp32 or wider.
+
+    Costs are large numbers that half precision cannot hold, and stay on the host, so that nothing
+    waits for a copy to the device.
+    """
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    totals = weights.sum(0, dtype=dtype) / max(1, weights.shape[0])
+    return torch.stack([total * cost for total, cost in zip(totals, costs, strict=True)]).sum()

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .branch import in_place_of
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "execution": ("auto", "dense", "masked", "routed"),
     "gate_grad": ("straight_through", "selected", "none"),
@@ -39,6 +41,8 @@ class Settings(nn.Module):
             raise ValueError(f"{label}: {name} must be one of {wanted}; got {value!r}")
         if name == "temperature" and not (isinstance(value, (int, float)) and value > 0):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
+        if name == "gate":
+            value = in_place_of(self._modules.get("gate"), value)
         super().__setattr__(name, value)
 
     @property

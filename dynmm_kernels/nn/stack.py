@@ -13,7 +13,8 @@ from .. import levels, validation
 from ..plan import RoutingPlan
 from .branch import Branch
 from .decisions import forced, gumbel_like, one_hot, straight_through
-from .execution import Learning, apart, blend
+from .execution import Learning, blend
+from .memory import apart
 from .prefix import Cell, Prefix, Stage, make_stages
 from .routing import DepthRouting
 from .settings import Settings
@@ -39,6 +40,11 @@ class Run:
     def num_rows(self) -> int:
         """N."""
         return self.inputs[0].shape[0]
+
+    @property
+    def reads_aux(self) -> bool:
+        """Whether any cell needs the auxiliary stream."""
+        return any(cell.reads for cell in self.cells)
 
     def routing(self) -> DepthRouting:
         """The decision and what it cost."""
@@ -114,17 +120,20 @@ class StackFusion(Settings):
         """
         self._check_inputs(main, aux)
         last = len(self.main_stages)
-        for k in stages:
-            if not isinstance(k, int) or not 1 <= k <= last:
-                raise ValueError(
-                    f"{type(self).__name__}: stages must be numbers in 1..{last}; got {k!r}"
-                )
+        if not isinstance(stages, Sequence) or not all(
+            type(k) is int and 1 <= k <= last for k in stages
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: stages must be numbers in 1..{last}, in a list; got "
+                f"{stages!r}"
+            )
         run = Run((main, aux), self._cells(), {*stages, last}, return_routing)
         if depth is None:
             self._run_gated(run, generator)
         elif isinstance(depth, str) and depth == "uniform":
             shape = (main.shape[0], last + 1)
-            probs = main.new_full(shape, 1 / (last + 1), dtype=torch.float64)
+            dtype = torch.promote_types(main.dtype, torch.float32)
+            probs = main.new_full(shape, 1 / (last + 1), dtype=dtype)
             run.probs = probs
             self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)
         else:
@@ -158,7 +167,7 @@ class StackFusion(Settings):
             return
         exact = learning is not None and learning.mode == "straight_through"
         starts = plan.host_header  # in front of starts[i]: the samples of depth > last - i
-        prefix = Prefix(run.inputs)
+        prefix = Prefix(run.inputs, run.reads_aux)
         probs = prefix.sort_by_depth(plan, starts[last], exact, learning and learning.probs)
         for k, cell in enumerate(run.cells, start=1):
             prefix.narrow(starts[last + 1 - k], exact)
@@ -179,9 +188,10 @@ class StackFusion(Settings):
         run.rows_run = [run.num_rows]
         for k, cell in enumerate(run.cells, start=1):
             weights = weigh(k, main, aux)
-            main = cell.main.run(main)
+            read = (*run.inputs, main) if k - 1 in run.wanted else run.inputs
+            main = cell.main.run(cell.main.spare(main, run.inputs), read=read)
             if cell.reads:
-                aux = cell.aux.run(aux)
+                aux = cell.aux.run(cell.aux.spare(aux, run.inputs), read=run.inputs)
             if cell.fuses:
                 main = blend((main, cell.fuse(main, aux)), weights, soft)
             run.rows_run.append(run.num_rows if cell.reads else 0)
@@ -202,7 +212,7 @@ class StackFusion(Settings):
         generator: torch.Generator | None,
     ) -> Tensor:
         """Logits [n, C], with noise where that is wanted."""
-        logits = gate.call(gate.select((main, aux)))
+        logits = gate.call_reading((main, aux), gate.select((main, aux)))
         validation.check_logits(logits, main.shape[0], num_columns, f"{gate.name}")
         if self.draws:
             return logits + gumbel_like(logits, generator)

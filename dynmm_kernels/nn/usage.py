@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .routing import Routing
@@ -46,7 +45,8 @@ class Usage:
     def reset(self) -> None:
         """Forgets everything."""
         self._samples = 0
-        self._counts: Tensor | None = None
+        self._counts: Tensor | None = None  # on the device
+        self._known_counts: tuple[int, ...] = ()  # of dense batches: on the host
         self._executed: float | None = 0.0
         self._expected: Tensor | float | None = 0.0
 
@@ -57,29 +57,33 @@ class Usage:
             ValueError: another number of branches than before.
         """
         size, counts = routing.num_rows, routing.device_counts
+        num_branches = len(routing.rows_run)
+        if self._known_counts and len(self._known_counts) != num_branches:
+            raise ValueError(
+                f"Usage: wanted a routing over {len(self._known_counts)} branches, as before; got "
+                f"{num_branches}; use one Usage per fusion"
+            )
+        self._known_counts = self._known_counts or (0,) * num_branches
         if size == 0:
             return
         if counts is None:
-            counts = torch.tensor(routing.counts)
-        if self._counts is None:
-            self._counts = counts.clone()
-        elif self._counts.shape != counts.shape:
-            raise ValueError(
-                f"Usage: wanted a routing over {len(self._counts)} branches, as before; got "
-                f"{len(counts)}; use one Usage per fusion"
-            )
+            pairs = zip(self._known_counts, routing.counts, strict=True)
+            self._known_counts = tuple(before + count for before, count in pairs)
         else:
-            self._counts = self._counts + counts.to(self._counts.device)
+            self._counts = counts.clone() if self._counts is None else self._counts + counts
         self._samples += size
         executed, expected = routing.executed_cost, routing.expected_cost
         known = executed is not None and self._executed is not None
         self._executed = self._executed + executed * size if known else None  # type: ignore[operator]
         known = expected is not None and self._expected is not None
-        self._expected = self._expected + expected.detach() * size if known else None  # type: ignore[operator,union-attr]
+        self._expected = self._expected + expected.detach().double() * size if known else None  # type: ignore[operator,union-attr]
 
     def read(self) -> Report:
         """The counts so far; waits for the device."""
-        counts = () if self._counts is None else tuple(self._counts.tolist())
+        counts = self._known_counts
+        if self._counts is not None:
+            pairs = zip(counts, self._counts.tolist(), strict=True)
+            counts = tuple(known + counted for known, counted in pairs)
         samples = self._samples
         expected = None if self._expected is None else float(self._expected)
         return Report(
