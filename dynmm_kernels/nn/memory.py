@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -23,7 +22,8 @@ def apart(output: Any, inputs: Iterable[Tensor]) -> Any:
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each was written to; nothing for what inference mode made, which does not count."""
-    if torch.compiler.is_compiling():
+    """How often each was written to; nothing for those of inference mode, which do not count."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
         return []
-    return [tensor._version for tensor in tensors if not tensor.is_inference()]
