@@ -18,6 +18,7 @@ MAX_ENTRIES = 2**31 - 1
 
 
 def check_selection(selection: Any, num_branches: int) -> None:
+    """Raises TypeError or ValueError unless `route` can take it; values are checked as it runs."""
     if not isinstance(selection, Tensor):
         raise TypeError(f"route: selection must be a tensor; got {type(selection).__name__}")
     if num_branches < 1:
@@ -80,6 +81,7 @@ def check_faults(
 
 
 def check_source(leaf: Any, plan: RoutingPlan) -> None:
+    """Raises TypeError or ValueError unless `leaf` is a tensor on the device of the plan."""
     if not isinstance(leaf, Tensor):
         raise TypeError("gather: Lazy inputs are for RoutedFusion; fetch plan.rows(branch) here")
     if leaf.device != plan.order.device:
@@ -150,6 +152,7 @@ def check_outputs(
 
 
 def check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    """`weights` of outputs of `dtype` as [N, k] in the type that they are summed in."""
     if not weights.is_floating_point():
         raise TypeError(f"combine: weights must be floating; got {weights.dtype}")
     if not dtype.is_floating_point and not dtype.is_complex:

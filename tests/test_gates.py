@@ -17,7 +17,7 @@ from dynmm_kernels import (
     route,
 )
 from dynmm_kernels.nn import ConfidenceGate, Usage, exponential_temperature
-from dynmm_kernels.nn.prefix import Stage
+from dynmm_kernels.nn.stage import Stage
 
 N, B, FEATURES = 9, 4, 5
 SELECTS = [2, 3, 4, "multi_hot"]

@@ -12,8 +12,8 @@ from tensors import FLOATS, LAYOUTS, SELECTIONS
 from torch import Tensor, nn
 
 import dynmm_kernels
-from dynmm_kernels import NestedFusion, RoutedFusion, ops, route
-from dynmm_kernels.nn import SEAdd
+from dynmm_kernels import NestedFusion, RoutedFusion, ops, resource_loss, route
+from dynmm_kernels.nn import SEAdd, Usage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -145,6 +145,7 @@ def test_one_synchronisation(monkeypatch):
         torch.cuda.Event, "synchronize", lambda event: (waits.append(1), wait(event))[1]
     )
     fusion, x = make_fusion(execution="routed"), torch.randn(64, 16).double().cuda()
+    usage = Usage()
     for step in (fusion.eval(), fusion.train()):
         step(x)
         waits.clear()
@@ -153,6 +154,9 @@ def test_one_synchronisation(monkeypatch):
             out, routing = step(x, return_routing=True)
             assert len(waits) == 1
             dynmm_kernels.combine(routing.plan, dynmm_kernels.gather(routing.plan, x))
+            assert len(waits) == 1
+            usage.add(routing)
+            resource_loss(routing, costs=[1e9, 2e9, 3e9])
             assert len(waits) == 1
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels, validation
 from .branch import Branch, as_branch
-from .decisions import straight_through, tempered
+from .decisions import straight_through, tempered_softmax
 from .execution import without_graph
-from .prefix import Cell, Prefix
+from .prefix import Prefix
 from .stack import Run, StackFusion, hide_unselected
+from .stage import Cell
 
 _RULES = ("skip", "fuse", "dynamic")
 
@@ -172,7 +173,7 @@ class ChainedFusion(StackFusion):
         if learns or keep is not None:
             own = choice.to(decided.dtype if keep is None else keep.dtype)
             if learns:
-                probs = tempered(logits, self.temperature).softmax(1)
+                probs = tempered_softmax(logits, self.temperature)
                 own = torch.cat([straight_through(choice[:active], probs)[:, 1], own[active:]])
             keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
         # 2: goes on; 1: follows, because the exact gradient asks for it; 0: is through.
@@ -217,7 +218,7 @@ class ChainedFusion(StackFusion):
         """[N]: the weight of keeping."""
         choice, plan = F.route_argmax(logits.detach())
         validation.check_faults(logits, plan.host_header, f"{gate.name}")
-        probs = tempered(logits, self.temperature).softmax(1)
+        probs = tempered_softmax(logits, self.temperature)
         if soft:
             return probs[:, 1]
         if self._learns(logits):

@@ -36,11 +36,11 @@ def straight_through(choice: Tensor, probs: Tensor) -> Tensor:
     return one_hot(choice, probs.shape[1], probs.dtype) - probs.detach() + probs
 
 
-def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature, up to a shift of the row; a small temperature overflows no fp16."""
+def tempered_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) over columns; a small temperature overflows no fp16."""
     if logits.dtype == torch.float16:
         logits = logits - logits.detach().amax(1, keepdim=True)
-    return logits / temperature
+    return (logits / temperature).softmax(1)
 
 
 class TopOne:
@@ -58,7 +58,7 @@ class TopOne:
 
     def probs(self, logits: Tensor, temperature: float) -> Tensor:
         """[N, B]: the weights of dense execution, and what the gate's gradient goes through."""
-        return tempered(logits, temperature).softmax(1)
+        return tempered_softmax(logits, temperature)
 
     def selected(self, choice: Tensor, num_branches: int) -> Tensor:
         """bool [N, B]."""

@@ -14,7 +14,7 @@ from .. import tree, validation
 from ..plan import RoutingPlan
 from .arguments import Arguments, gather_arguments
 from .branch import Branch
-from .memory import apart
+from .memory import unaliased
 
 
 class Learning(NamedTuple):
@@ -212,7 +212,7 @@ def _combine(
     weights: Tensor | None,
 ) -> Any:
     if weights is None and len(own) == 1 and plan.counts[own[0]] == plan.num_rows:
-        return apart(column[0], batch.tensors())
+        return unaliased(column[0], batch.tensors())
     starts = plan.host_header
     return F.combine_rows(plan, column, [starts[b] for b in own], weights)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .. import tree, validation
-from .memory import apart
+from .memory import unaliased
 
 if TYPE_CHECKING:
     from .fusion import RoutedFusion
@@ -53,7 +53,7 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
         columns, spec = validation.check_outputs(
             [own[0].call_reading(inputs, inputs)], counts, [own[0].label]
         )
-        return tree.unflatten([apart(column[0], inputs) for column in columns], spec)
+        return tree.unflatten([unaliased(column[0], inputs) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()
     outputs = [branch.call(rows.pop()) for branch in own]  # a branch's rows are freed once used

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-def apart(output: Any, inputs: Iterable[Tensor]) -> Any:
+def unaliased(output: Any, inputs: Iterable[Tensor]) -> Any:
     """`output`, copied if it lies in an input's memory (an identity branch that got every sample).
 
     Otherwise writing into the result would write into the batch, on such batches only.

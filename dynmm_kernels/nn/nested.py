@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import levels, validation
 from .branch import as_branch
-from .decisions import tempered
-from .execution import Learning
+from .decisions import tempered_softmax
 from .stack import Run, StackFusion, skip_and_fuse
 
 
@@ -90,11 +89,10 @@ class NestedFusion(StackFusion):
         validation.check_faults(logits, plan.host_header)
         dense, learns = self.execution == "dense", self._learns(logits)
         if dense or learns or run.reports:
-            probs: Tensor = tempered(logits, self.temperature).softmax(1)
+            probs: Tensor = tempered_softmax(logits, self.temperature)
             run.probs, run.gate_cost = probs, self.gate.cost or 0.0
         if dense:
             self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)
             return
         run.depth, run.plan = depth, plan
-        learning = Learning(self.gate_grad, probs, depth) if learns else None
-        self._run_to_depth(run, depth, plan, learning)
+        self._run_to_depth(run, depth, plan, probs if learns else None)

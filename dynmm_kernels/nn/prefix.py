@@ -6,95 +6,17 @@ somebody reads it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
-from .branch import Branch, Branches
 from .execution import without_graph
-from .memory import apart
-
-
-class Stage(Branch):
-    """A part of a stack: tensors [n, ...] in, one tensor [n, ...] out."""
-
-    @property
-    def label(self) -> str:
-        return str(self.name)
-
-    @property
-    def fuses_prefix(self) -> bool:
-        """Whether it takes fewer rows of the second tensor than of the first, and fuses those."""
-        return getattr(self._modules["module"], "fuses_prefix", False)
-
-    def spare(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """`tensor`, or a copy if it lies in an input's memory and this stage may write there."""
-        return apart(tensor, inputs) if self.in_place else tensor
-
-    def run(self, *tensors: Tensor, read: Sequence[Tensor]) -> Tensor:
-        """The module's output for tensors of n rows, checked to be a tensor of n rows.
-
-        `read`: what others read, so that the module must not write there.
-        """
-        output = self.call_reading(read, tensors)
-        rows = tensors[0].shape[0]
-        if not isinstance(output, Tensor):
-            raise TypeError(f"{self.label} must return a tensor; got {type(output).__name__}")
-        if output.ndim == 0 or output.shape[0] != rows:
-            raise ValueError(
-                f"{self.label} must return {rows} rows, one per sample it received; got shape "
-                f"{list(output.shape)}"
-            )
-        return output
-
-
-class Cell(NamedTuple):
-    """One step of both streams.
-
-    `fuses`: the fusion is in use. `reads`: so is the auxiliary stage, here or by a later cell.
-    """
-
-    main: Stage
-    aux: Stage
-    fusion: Stage
-    fuses: bool = True
-    reads: bool = True
-
-    def couples_samples(self) -> bool:
-        """Whether samples that fuse depend on which others do: train-mode BatchNorm."""
-        return (self.reads and self.aux.couples_samples()) or (
-            self.fuses and self.fusion.couples_samples()
-        )
-
-    def fuse(self, main: Tensor, aux: Tensor) -> Tensor:
-        """The fused rows, checked to be like those of the main stream."""
-        fused = self.fusion.run(main, aux, read=(main, aux))
-        if fused.shape != main.shape:
-            raise ValueError(
-                f"{self.fusion.label} must return the shape of what {self.main.label} returns, "
-                f"{list(main.shape)}; got {list(fused.shape)}"
-            )
-        if fused.dtype != main.dtype and not torch.is_autocast_enabled(main.device.type):
-            raise TypeError(
-                f"{self.fusion.label} must return the dtype of what {self.main.label} returns, "
-                f"{main.dtype}; got {fused.dtype}"
-            )
-        return fused
-
-    def starved(self) -> list[Tensor]:
-        """Parameters that no sample reaches."""
-        unused: list[Tensor] = []
-        if self.reads:
-            unused += self.aux.parameters()
-        if self.fuses:
-            unused += self.fusion.parameters()
-        return unused
+from .memory import unaliased
+from .stage import Cell
 
 
 class Prefix:
@@ -263,7 +185,7 @@ class Prefix:
     def read(self) -> Tensor:
         """The main stream in sample order, in memory of its own."""
         output = self.main
-        output = apart(output, self.inputs) if self.plan is None else self.restore(output)
+        output = unaliased(output, self.inputs) if self.plan is None else self.restore(output)
         self.lent = True  # also where it was copied: a stage that writes there fails every time
         wanting = [tensor for tensor in self.starved if tensor.requires_grad]
         if wanting and output.is_floating_point() and torch.is_grad_enabled():
@@ -273,22 +195,6 @@ class Prefix:
     def restore(self, slots: Tensor) -> Tensor:
         """A tensor by slots [N, ...] in sample order."""
         return slots if self.plan is None else F.combine_rows(self.plan, [slots], [0])
-
-
-def make_stages(modules: list[nn.Module], kind: str) -> Branches:
-    """Each module as a `Stage` called "`kind` k", counting from 1; a Branch keeps name and cost."""
-    stages = Branches()
-    for k, module in enumerate(modules, start=1):
-        name, cost = f"{kind} {k}", None
-        if isinstance(module, Branch):
-            if module.inputs is not None:
-                raise ValueError(
-                    f"{name}: a stage reads what the stage before it returns; got a Branch with "
-                    f"inputs={module.inputs!r}"
-                )
-            name, cost, module = module.name or name, module.cost, module.module
-        stages.append(Stage(module, name=name, cost=cost))
-    return stages
 
 
 def _split(rows: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:

@@ -13,11 +13,12 @@ from .. import levels, validation
 from ..plan import RoutingPlan
 from .branch import Branch
 from .decisions import forced, gumbel_like, one_hot, straight_through
-from .execution import Learning, blend
-from .memory import apart
-from .prefix import Cell, Prefix, Stage, make_stages
+from .execution import blend
+from .memory import unaliased
+from .prefix import Prefix
 from .routing import DepthRouting
 from .settings import Settings
+from .stage import Cell, Stage, make_stages
 
 
 @dataclass
@@ -150,25 +151,28 @@ class StackFusion(Settings):
         raise NotImplementedError
 
     def _run_to_depth(
-        self, run: Run, depth: Tensor, plan: RoutingPlan, learning: Learning | None = None
+        self, run: Run, depth: Tensor, plan: RoutingPlan, probs: Tensor | None = None
     ) -> None:
-        """Each sample as deep as `depth` says; `plan` has sorted them, the deepest first."""
+        """Each sample as deep as `depth` says; `plan` has sorted them, the deepest first.
+
+        `probs` [N, 1 + L]: of the gate, where it learns.
+        """
         last = len(run.cells)
         if self._runs_masked(run):
             weights = one_hot(depth, last + 1, torch.float32)
-            if learning is not None:
-                weights = straight_through(depth, learning.probs)
+            if probs is not None:
+                weights = straight_through(depth, probs)
 
             def weigh(k: int, main: Tensor, aux: Tensor) -> Tensor:
                 pair = skip_and_fuse(weights, k)
-                return hide_unselected(pair) if learning and learning.mode == "selected" else pair
+                return hide_unselected(pair) if self.gate_grad == "selected" else pair
 
             self._run_everywhere(run, weigh)
             return
-        exact = learning is not None and learning.mode == "straight_through"
+        exact = probs is not None and self.gate_grad == "straight_through"
         starts = plan.host_header  # in front of starts[i]: the samples of depth > last - i
         prefix = Prefix(run.inputs, run.reads_aux)
-        probs = prefix.sort_by_depth(plan, starts[last], exact, learning and learning.probs)
+        probs = prefix.sort_by_depth(plan, starts[last], exact, probs)
         for k, cell in enumerate(run.cells, start=1):
             prefix.narrow(starts[last + 1 - k], exact)
             prefix.step(cell, None if probs is None else skip_and_fuse(probs, k), exact)
@@ -196,7 +200,7 @@ class StackFusion(Settings):
                 main = blend((main, cell.fuse(main, aux)), weights, soft)
             run.rows_run.append(run.num_rows if cell.reads else 0)
             if k in run.wanted:
-                run.outputs[k] = apart(main, run.inputs)
+                run.outputs[k] = unaliased(main, run.inputs)
 
     def _runs_masked(self, run: Run) -> bool:
         if self.execution == "masked" or not run.num_rows:
