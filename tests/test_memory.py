@@ -181,3 +181,6 @@ def test_parts_may_be_replaced():
     nested.aux_stages[-1], nested.fusions[0] = nn.Identity(), Function(lambda r, a: r + a)
     main, aux = batch("mlp", 2)
     assert torch.equal(nested(main, aux), main + aux)
+    nested.main_stages[0] = Branch(nn.Identity(), name="stem", cost=3.0)
+    assert torch.equal(nested(main, aux), main + aux)
+    assert [(stage.label, stage.cost) for stage in nested.main_stages] == [("stem", 3.0)]

@@ -162,10 +162,13 @@ class Branches(nn.ModuleList):
 
 
 def in_place_of(old: nn.Module | None, module: nn.Module) -> nn.Module:
-    """`module` as a branch called as `old` is, whose cost it need not have."""
-    if isinstance(module, Branch) or not isinstance(old, Branch):
+    """`module` as a branch like `old`, named as it is; what it costs is not known."""
+    if not isinstance(old, Branch):
         return module
-    return type(old)(module, old.inputs, old.name)
+    new = module if isinstance(module, Branch) else Branch(module, old.inputs)
+    if isinstance(new, type(old)) and new.name is not None:
+        return new
+    return type(old)(new.module, new.inputs, new.name or old.name, new.cost)
 
 
 def as_branch(module: nn.Module, name: str) -> Branch:
