@@ -6,10 +6,14 @@ import warnings
 
 import torch
 
-from . import routed
+from . import routed, stacks
 from .runner import Runner
 
-PARTS = {"routed": routed.case}
+PARTS = {
+    "routed": routed.case,
+    "nested": stacks.nested_case,
+    "chained": stacks.chained_case,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -75,6 +75,28 @@ def same_gradients(
             require(fine, where, None, "zeros" if not right.any() else "a gradient")
         else:
             close(where, mine.to_dense(), right.to_dense(), tolerance)
+
+
+@contextlib.contextmanager
+def same_statistics(norms: Sequence[nn.Module]) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Around the library's run; gives a function that runs the oracle and compares buffers."""
+
+    def snapshot() -> list[dict[str, Tensor]]:
+        return [{name: part.clone() for name, part in norm.named_buffers()} for norm in norms]
+
+    before = snapshot()
+
+    def restore_and_run(oracle: Callable[[], Any]) -> Any:
+        after = snapshot()
+        for norm, values in zip(norms, before, strict=True):
+            norm._buffers.update(values)
+        result = oracle()
+        for norm, values in zip(norms, after, strict=True):
+            for name, value in values.items():
+                same(name, value, norm.get_buffer(name))
+        return result
+
+    yield restore_and_run
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .compare import (
@@ -17,6 +17,7 @@ from .compare import (
     require,
     same,
     same_gradients,
+    same_statistics,
     second_derivatives,
     take_gradients,
     tangents,
@@ -137,27 +138,8 @@ def check_hooks(model: Model, routing: Any) -> None:
             require(got == wanted, f"arguments of the hook on {name}", got, wanted)
 
 
-@contextlib.contextmanager
-def same_statistics(model: Model):
-    """Wraps the library's run; yields a function that then runs the oracle and compares."""
-    norms = [norm for reader in model.branches for norm in reader.norms()]
-
-    def snapshot() -> list[dict[str, Tensor]]:
-        return [{name: part.clone() for name, part in norm.named_buffers()} for norm in norms]
-
-    before = snapshot()
-
-    def restore_and_run(oracle: Callable[[], Any]) -> Any:
-        after = snapshot()
-        for norm, values in zip(norms, before, strict=True):
-            norm._buffers.update(values)
-        result = oracle()
-        for norm, values in zip(norms, after, strict=True):
-            for name, value in values.items():
-                same(name, value, norm.get_buffer(name))
-        return result
-
-    yield restore_and_run
+def norms(model: Model) -> list[nn.Module]:
+    return [norm for reader in model.branches for norm in reader.norms()]
 
 
 def upstream(model: Model, leaves: list[Any]) -> tuple[list[int], list[Tensor]]:
@@ -183,7 +165,7 @@ def differentiate(leaves: list[Any], used: list[int], grads: list[Tensor]) -> No
 
 def check_gradients(model: Model) -> None:
     names, tensors = model.learners()
-    with same_statistics(model) as oracle:
+    with same_statistics(norms(model)) as oracle:
         got, routing = run_library(model)
         right = oracle(lambda: answer(model, routing, record_all=True))
     check_values(model, got, right)
@@ -214,7 +196,7 @@ def check_without_graph(model: Model) -> None:
             for leaf in model.leaves:
                 if leaf.has_rows and leaf.role != "lazy":
                     leaf.tensor = leaf.value = leaf.tensor.clone()
-        with same_statistics(model) as oracle:
+        with same_statistics(norms(model)) as oracle:
             got, routing = run_library(model)
             right = oracle(lambda: answer(model, routing, record_all=False))
         check_values(model, got, right)
@@ -290,7 +272,7 @@ def refuses_second_order(model: Model) -> contextlib.AbstractContextManager[None
 def check_second_order(model: Model) -> None:
     names, tensors = model.learners()
     road = model.draw.pick("road", ROADS)
-    with same_statistics(model) as oracle:
+    with same_statistics(norms(model)) as oracle:
         got, routing = run_library(model)
         right = oracle(lambda: answer(model, routing, record_all=True))
     loss, right_loss = curved(got), curved(right.leaves)

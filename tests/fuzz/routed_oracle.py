@@ -151,7 +151,8 @@ def branch_runner(model: Model, index: int, chosen: Tensor):
 
 def subset_statistics(model: Model) -> bool:
     fusion = model.fusion
-    if fusion.execution in ("masked", "dense") or fusion.batch_norm == "masked":
+    whole = fusion.execution == "masked" or (fusion.execution == "dense" and model.choice is None)
+    if whole or fusion.batch_norm == "masked":
         return False
     return not (isinstance(model.choice, str) and model.choice == "uniform")
 
