@@ -6,13 +6,15 @@ import warnings
 
 import torch
 
-from . import routed, stacks
+from . import functional, raw, routed, stacks
 from .runner import Runner
 
 PARTS = {
     "routed": routed.case,
     "nested": stacks.nested_case,
     "chained": stacks.chained_case,
+    "functional": functional.case,
+    "raw": raw.case,
 }
 
 

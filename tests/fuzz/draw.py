@@ -49,14 +49,15 @@ class Draw:
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The values in memory of another layout; "one column" and "one row" repeat them, too."""
     rows = len(values)
+    beside = float("nan") if values.is_floating_point() or values.is_complex() else 1
     if layout == "transposed" and values.ndim > 1:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "columns" and values.ndim > 1:
-        wide = values.new_full((*values.shape[:-1], values.shape[-1] + 3), float("nan"))
+        wide = values.new_full((*values.shape[:-1], values.shape[-1] + 3), beside)
         wide[..., 1:-2] = values
         return wide[..., 1:-2]
     if layout == "every second row":
-        tall = values.new_full((2 * rows, *values.shape[1:]), float("nan"))
+        tall = values.new_full((2 * rows, *values.shape[1:]), beside)
         tall[::2] = values
         return tall[::2]
     if layout == "offset":

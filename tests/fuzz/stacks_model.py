@@ -79,7 +79,7 @@ class Keep(nn.Module):
 
 STAGES = {
     "mix": 5,
-    "tanh": 2,
+    "silu": 2,
     "identity": 1,
     "in place, then mix": 1.5,
     "in place": 1,
@@ -102,13 +102,24 @@ class Stage:
         return self.kind.startswith("in place")
 
 
+def draw_stages(draw: Draw, stream: str, length: int, dtype: torch.dtype) -> list[Stage]:
+    """Two layers in place in a row are an error in plain PyTorch as well."""
+    stages: list[Stage] = []
+    for k in range(1, length + 1):
+        stage = draw_stage(draw, f"{stream} stage {k}", dtype)
+        if stages and stages[-1].kind == "in place" and stage.in_place:
+            stage = Stage(Mix(draw, CHANNELS, dtype), "mix")
+        stages.append(stage)
+    return stages
+
+
 def draw_stage(draw: Draw, name: str, dtype: torch.dtype) -> Stage:
     kind = draw.pick(name, STAGES)
     mix = Mix(draw, CHANNELS, dtype)
     layer = IN_PLACE[draw.pick(f"layer of {name}", tuple(IN_PLACE))]()
     modules: dict[str, Callable[[], nn.Module]] = {
         "mix": lambda: mix,
-        "tanh": lambda: nn.Sequential(mix, nn.Tanh()),
+        "silu": lambda: nn.Sequential(mix, nn.SiLU()),
         "identity": nn.Identity,
         "in place, then mix": lambda: nn.Sequential(layer, mix),
         "in place": lambda: layer,
@@ -245,8 +256,7 @@ def draw_stack(draw: Draw, chained: bool) -> Stack:
     maps = draw.pick("streams", {"features": 2, "maps": 1}) == "maps"
     streams = tuple(draw_stream(draw, name, num_rows, maps, dtype) for name in ("main", "aux"))
     steps = range(1, length + 1)
-    main = [draw_stage(draw, f"main stage {k}", dtype) for k in steps]
-    aux = [draw_stage(draw, f"aux stage {k}", dtype) for k in steps]
+    main, aux = (draw_stages(draw, stream, length, dtype) for stream in ("main", "aux"))
     joins = [draw_fusion(draw, f"fusion {k}", dtype) for k in steps]
     rules = ["dynamic"] * length
     if chained:

@@ -192,7 +192,7 @@ def chained(stack: Stack, routing: Any, samples: list[slice], main: Rows, aux: R
                 keeps[i] = torch.full_like(before, 1 - (k + 1) / (stack.length + 1))
             elif stack.forced:
                 keeps[i] = (forced_depth(stack, routing, rows) > k).to(before.dtype)
-            elif stack.rules[k] == "dynamic":
+            elif stack.rules[k] == "dynamic" and a is not None:
                 asked += int(before.detach().ne(0).sum())
                 if stack.noisy:
                     own = routing.keep[rows, k].detach()
