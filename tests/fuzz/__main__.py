@@ -1,4 +1,4 @@
-"""python -m tests.fuzz --minutes 5 --seed N [--only routed,nested,...] [--cases K]."""
+"""python -m tests.fuzz --minutes 5 --seed N [--only routed,nested,...] [--cases K]; or --leaks N."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from . import functional, raw, routed, stacks
+from . import functional, leaks, raw, routed, stacks
 from .runner import Runner
 
 PARTS = {
@@ -27,14 +27,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", help="features to draw, all others plain; as printed")
     parser.add_argument("--failures", type=int, default=1, help="stop at so many kinds of them")
     parser.add_argument("--quiet", action="store_true", help="no table of features")
+    parser.add_argument("--leaks", type=int, help="only calls every module so often")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if options.leaks:
+        return check_leaks(options.leaks)
     runner = Runner({name: PARTS[name] for name in options.only.split(",")}, options.failures)
     keep = options.keep and [name.replace("_", " ") for name in options.keep.split(",")]
     runner.run(options.seed, options.cases, options.minutes * 60, keep)
     runner.report(not options.quiet)
     return 1 if runner.failures else 0
+
+
+def check_leaks(calls: int) -> int:
+    leaking = 0
+    for name, learning, tensors, kib in leaks.report(calls):
+        mode = "training" if learning else "eval"
+        print(f"{name}, {mode}: {calls} calls, {tensors:+d} tensors, {kib:+d} KiB", flush=True)
+        leaking += tensors > 0 or kib > leaks.NOISE_KIB
+    return 1 if leaking else 0
 
 
 if __name__ == "__main__":

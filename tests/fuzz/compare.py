@@ -36,7 +36,7 @@ def require(condition: bool, what: str, got: Any, wanted: Any) -> None:
 
 def same(what: str, got: Any, wanted: Tensor, tolerance: float | None = None) -> None:
     """Shape, dtype, and values to rounding relative to the largest value."""
-    require(isinstance(got, Tensor), what, f"{type(got).__name__} {got}", "a tensor")
+    require(isinstance(got, Tensor), what, type(got).__name__, "a tensor")
     require(got.shape == wanted.shape, f"{what}, shape", got.shape, wanted.shape)
     require(got.dtype == wanted.dtype, f"{what}, dtype", got.dtype, wanted.dtype)
     close(what, got, wanted, tolerance)

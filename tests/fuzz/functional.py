@@ -187,7 +187,9 @@ def check_combine(moved: Moved, plan: Any) -> None:
     matrices = [draw.normal(4, 6).to(dtype).requires_grad_() for _ in range(moved.num_branches)]
     weights = None
     if draw.pick("weights", (False, True)):
-        weights = draw.normal(rows, ranks).to(dtype if dtype is not torch.complex128 else torch.float64)
+        weights = draw.normal(rows, ranks).to(
+            dtype if dtype is not torch.complex128 else torch.float64
+        )
         weights = laid_out(weights, draw.pick("layout of the weights", LAYOUTS)).detach()
         weights.requires_grad_(draw.pick("weights learn", (True, False)))
     structure = BRANCH[draw.pick("structure", tuple(BRANCH))]
@@ -219,8 +221,12 @@ def check_combine(moved: Moved, plan: Any) -> None:
             require(mine == leaf, f"output {index}", mine, leaf)
     order = draw.pick("order of derivatives", {1: 4, 0: 2, 2: 2, 3: 1})
     if order and dtype in (torch.float64, torch.float32):
-        learners = [x, *matrices] + ([weights] if weights is not None and weights.requires_grad else [])
-        names = ["x", *(f"matrix {b}" for b in range(moved.num_branches)), "weights"][: len(learners)]
+        learners = [x, *matrices] + (
+            [weights] if weights is not None and weights.requires_grad else []
+        )
+        names = ["x", *(f"matrix {b}" for b in range(moved.num_branches)), "weights"][
+            : len(learners)
+        ]
         check_derivatives(order if dtype is torch.float64 else 1, names, learners, got, right)
 
 
@@ -233,7 +239,9 @@ def check_derivatives(
             return
         more = number < order
         grads = [
-            torch.autograd.grad(loss, learners, create_graph=more, allow_unused=True, retain_graph=True)
+            torch.autograd.grad(
+                loss, learners, create_graph=more, allow_unused=True, retain_graph=True
+            )
             if loss.requires_grad
             else [None] * len(learners)
             for loss in (mine, wanted)

@@ -89,7 +89,9 @@ class Network(nn.Module):
         if len(maps) > 1:
             h = h + 0.2 * maps[0] * maps[1]
         if self.norm is not None:
-            h = self.norm(h[:, :, None].expand(-1, -1, 2) * self.bias.new_tensor((1.0, -0.5)))[..., 0]
+            h = self.norm(h[:, :, None].expand(-1, -1, 2) * self.bias.new_tensor((1.0, -0.5)))[
+                ..., 0
+            ]
         return h.tanh()
 
 

@@ -160,7 +160,9 @@ def wrong(argument: Any, fault: str) -> Any:
             return argument[:-1] if fault == "shorter list" else []
         return [wrong(argument[0], fault), *argument[1:]] if argument else argument
     if isinstance(argument, int):
-        return {"larger numbers": argument + 1000, "negative numbers": -argument - 1}.get(fault, argument)
+        return {"larger numbers": argument + 1000, "negative numbers": -argument - 1}.get(
+            fault, argument
+        )
     if not isinstance(argument, Tensor):
         return argument
     faults: dict[str, Callable[[Tensor], Tensor]] = {

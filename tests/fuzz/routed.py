@@ -30,7 +30,9 @@ from .trees import flat, mapped, tensors_of
 
 def case(draw: Draw) -> None:
     model = draw_model(draw)
-    before = [(leaf, leaf.tensor.detach().clone()) for leaf in model.leaves if leaf.tensor is not None]
+    before = [
+        (leaf, leaf.tensor.detach().clone()) for leaf in model.leaves if leaf.tensor is not None
+    ]
     try:
         RUNS.get(model.context, check_gradients)(model)
     finally:

@@ -101,7 +101,9 @@ class Model:
     @property
     def noisy(self) -> bool:
         always = self.fusion.noise == "gumbel_always"
-        return self.choice is None and (always or (bool(self.fusion.noise) and self.fusion.training))
+        return self.choice is None and (
+            always or (bool(self.fusion.noise) and self.fusion.training)
+        )
 
 
 def gate_bias(draw: Draw, num_branches: int, select: Any) -> Tensor:

@@ -44,9 +44,7 @@ def hard_weights(model: Model, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if fusion.execution == "dense":
         weights = probs
     elif select not in (1, "multi_hot"):
-        weights = torch.zeros_like(probs).scatter(
-            1, choice, scaled.gather(1, choice).softmax(1)
-        )
+        weights = torch.zeros_like(probs).scatter(1, choice, scaled.gather(1, choice).softmax(1))
         weights = weights.detach() if fusion.gate_grad == "none" else weights
     elif fusion.gate_grad == "none":
         weights = taken
@@ -110,7 +108,9 @@ def answer(model: Model, routing: Any, record_all: bool) -> Answer:
             decided.append((*forced_weights(model, routing, samples), None))
     columns = list(zip(*decided, strict=True))
     weights = torch.cat(columns[0])
-    runs = [branch_runner(model, i, weights.detach()[:, i] != 0) for i in range(len(model.branches))]
+    runs = [
+        branch_runner(model, i, weights.detach()[:, i] != 0) for i in range(len(model.branches))
+    ]
     parts = [
         mixed_leaves(
             [

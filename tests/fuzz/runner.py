@@ -27,6 +27,10 @@ class Failure:
     keep: list[str]
     features: dict[str, object]
 
+    def draw(self) -> Draw:
+        """The case once more."""
+        return Draw(self.seed, self.keep)
+
     def __str__(self) -> str:
         names = ",".join(name.replace(" ", "_") for name in self.keep)
         case = f"--only {self.part} --seed {self.seed} --cases 1 --keep {names or 'none'}"
@@ -108,7 +112,9 @@ class Runner:
         self.failures: list[Failure] = []
         self.kinds: set[str] = set()
 
-    def run(self, seed: int, cases: int | None, seconds: float, keep: Sequence[str] | None) -> None:
+    def run(
+        self, seed: int, cases: int | None, seconds: float, keep: Sequence[str] | None = None
+    ) -> None:
         end = time.monotonic() + seconds
         index = 0
         while (cases is None or index < cases) and time.monotonic() < end:
@@ -122,10 +128,10 @@ class Runner:
 
     def one(self, part: str, seed: int, keep: Sequence[str] | None) -> None:
         case, tally = self.parts[part], self.tallies[part]
-        start = time.perf_counter()
+        start = time.process_time()
         draw = Draw(seed, keep)
         error = attempt(case, draw)
-        tally.seconds += time.perf_counter() - start
+        tally.seconds += time.process_time() - start
         if error is None or isinstance(error, (Skip, Refused)):
             outcome = "agreed" if error is None else type(error).__name__.lower()
             tally.note(draw, {"skip": "skipped"}.get(outcome, outcome))
@@ -149,7 +155,7 @@ class Runner:
                 continue
             outcomes = ", ".join(f"{n} {name}" for name, n in sorted(tally.outcomes.items()))
             print(
-                f"{part}: {tally.cases} cases in {tally.seconds:.1f} s"
+                f"{part}: {tally.cases} cases in {tally.seconds:.1f} s of CPU"
                 f" ({tally.cases / tally.seconds:.0f} cases/s): {outcomes};"
                 f" {len(tally.pairs)} of at most {tally.possible_pairs()} pairs of features"
             )

@@ -82,7 +82,9 @@ def check_costs(stack: Stack, routing: Any, right: Answer, counts: Any, recorded
     rows, length = stack.num_rows, stack.length
     last = max((k for k, rule in enumerate(stack.rules) if rule != "skip"), default=-1)
     deep = [sum(counts[k:]) if k - 1 <= last else 0 for k in range(1, 1 + length)]
-    exact = recorded and stack.fusion.gate_grad == "straight_through" and right.weights.requires_grad
+    exact = (
+        recorded and stack.fusion.gate_grad == "straight_through" and right.weights.requires_grad
+    )
     own = stack.fusion.execution in ("routed", "auto") and not exact
     if own and not (stack.has_norms and stack.fusion.training):
         wanted = (rows, *deep)

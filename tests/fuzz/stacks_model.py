@@ -185,7 +185,9 @@ class Stack:
     @property
     def noisy(self) -> bool:
         noise = self.fusion.noise
-        return not self.forced and bool(noise) and (noise == "gumbel_always" or self.fusion.training)
+        return (
+            not self.forced and bool(noise) and (noise == "gumbel_always" or self.fusion.training)
+        )
 
     @property
     def has_norms(self) -> bool:
@@ -208,7 +210,9 @@ class Stack:
         return [output], routing
 
     def learners(self) -> tuple[list[str], list[Tensor]]:
-        named = [(n, s) for n, s in zip(("main", "aux"), self.streams, strict=True) if s.requires_grad]
+        named = [
+            (n, s) for n, s in zip(("main", "aux"), self.streams, strict=True) if s.requires_grad
+        ]
         named += [item for item in self.fusion.named_parameters() if item[1].requires_grad]
         return [name for name, _ in named], [tensor for _, tensor in named]
 

@@ -72,8 +72,7 @@ def staged(part: Stage, rows: list[Any]) -> list[Any]:
 def joined(part: Stage, main: Rows, aux: list[Any]) -> list[Any]:
     formula = FORMULAS.get(part.kind, lambda module, *streams: module(*streams))
     return [
-        None if a is None else formula(part.module, m, a)
-        for m, a in zip(main, aux, strict=True)
+        None if a is None else formula(part.module, m, a) for m, a in zip(main, aux, strict=True)
     ]
 
 
@@ -220,7 +219,9 @@ def chained(stack: Stack, routing: Any, samples: list[slice], main: Rows, aux: R
         if stack.rules[k] != "skip":
             both = joined(stack.joins[k], main, aux)
             fuses = [
-                torch.where(h, keep, keep.detach()) if grad == "selected" and not stack.soft else keep
+                torch.where(h, keep, keep.detach())
+                if grad == "selected" and not stack.soft
+                else keep
                 for keep, h in zip(keeps, hards, strict=True)
             ]
             main = [

@@ -110,11 +110,7 @@ def draw_inputs(leaves: Leaves) -> tuple[Any, ...]:
         "extra input", ("none", "shared", "lazy", "scalar", "vector", "integers", "bools", "number")
     )
     made = {other.__name__: other for other in [*others, leaves.bools]}
-    z = (
-        made[extra]()
-        if extra in made
-        else Leaf(extra, {"none": None, "number": 0.75}[extra])
-    )
+    z = made[extra]() if extra in made else Leaf(extra, {"none": None, "number": 0.75}[extra])
     forms = {
         "one tensor": lambda: (x,),
         "two": lambda: (x, y),
