@@ -11,7 +11,7 @@ from dynmm_kernels import Shared, combine, gather, route
 
 from .compare import Mismatch, Skip, require, same, same_gradients
 from .draw import LAYOUTS, Draw, laid_out
-from .trees import flat, mapped
+from .trees import flat
 
 DTYPES = {
     torch.float64: 8,

@@ -43,6 +43,15 @@ STRUCTURES: dict[str, Callable[[Tensor], Any]] = {
     "subclass": lambda h: h.as_subclass(Marked),
     "twice": lambda h: (h, h),
 }
+FAULTS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda output: output,
+    "a row less": lambda output: output[:-1],
+    "no rows": lambda output: output.sum(),
+    "wider": lambda output: torch.cat([output, output], -1),
+    "another structure": lambda output: {"other": output},
+    "on another device": lambda output: output.to("meta"),
+    "no tensor": lambda output: "text",
+}
 NO_HALF = ("with complex", "complex", "with integers", "with bools", "integers", "bools")
 
 
@@ -69,9 +78,12 @@ class Network(nn.Module):
         self.weight = nn.Parameter(draw.normal(features, 6).to(dtype))
         self.bias = nn.Parameter(draw.normal(features).to(dtype))
         self.norm = nn.BatchNorm1d(features, dtype=dtype) if batch_norm else None
+        self.in_float = False
+        self.fault = "none"
 
     def forward(self, *inputs: Any) -> Any:
-        return STRUCTURES[self.structure](self.features(*inputs))
+        h = self.features(*inputs)
+        return FAULTS[self.fault](STRUCTURES[self.structure](h.float() if self.in_float else h))
 
     def features(self, *inputs: Any) -> Tensor:
         h: Any = self.bias
@@ -120,5 +132,16 @@ def begins_in_place(draw: Draw, name: str, network: nn.Module) -> nn.Module:
     return nn.Sequential(first, network)
 
 
+class Writes(nn.Module):
+    """Writes into what it reads, by code of its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x.mul_(0.5))
+
+
 def reads_one_tensor(reads: tuple[Any, ...]) -> bool:
-    return len(reads) == 1 and isinstance(reads[0], Leaf) and reads[0].role == "rows"
+    return len(reads) == 1 and isinstance(reads[0], Leaf) and reads[0].role in ("rows", "lazy")

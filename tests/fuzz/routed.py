@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dynmm_kernels import resource_loss
+
 from .compare import (
     ROADS,
     TOLERANCE,
@@ -30,17 +32,40 @@ from .trees import flat, mapped, tensors_of
 
 def case(draw: Draw) -> None:
     model = draw_model(draw)
-    before = [
-        (leaf, leaf.tensor.detach().clone()) for leaf in model.leaves if leaf.tensor is not None
-    ]
-    try:
-        RUNS.get(model.context, check_gradients)(model)
-    finally:
-        for leaf, values in before:
-            require(
-                torch.equal(leaf.tensor.detach(), values), f"{leaf.role} input after the call",
-                leaf.tensor, values,
-            )  # fmt: skip
+    tensors = [leaf for leaf in model.leaves if leaf.tensor is not None]
+    before = [leaf.tensor.detach().clone() for leaf in tensors]
+    if model.fault != "none":
+        check_fault(model)
+    else:
+        with refuses_writes(model):
+            RUNS.get(model.context, check_gradients)(model)
+    for leaf, values in zip(tensors, before, strict=True):
+        unchanged = torch.equal(leaf.tensor.detach(), values)
+        require(unchanged, f"{leaf.role} input after the call", leaf.tensor, values)
+
+
+@contextlib.contextmanager
+def refuses_writes(model: Model):
+    """A branch that writes into what others read: ours to refuse, or torch's."""
+    if not any(reader.writes for reader in model.branches):
+        yield
+        return
+    with (
+        may_refuse(ValueError, naming="must not write"),
+        may_refuse(RuntimeError, naming="in-place operation"),
+    ):
+        yield
+
+
+def check_fault(model: Model) -> None:
+    """An output that does not fit is refused by name, as soon as its branch runs with others."""
+    label = model.fusion.branches[-1].label
+    with may_refuse(ValueError, TypeError, naming=label):
+        _, routing = model()
+        fits_alone = model.fault in ("wider", "another structure", "on another device")
+        others = any(routing.rows_run[:-1])
+        fine = not routing.rows_run[-1] or (fits_alone and not others)
+        require(fine, f"output that is {model.fault}", "no error", "one that names the branch")
 
 
 def learns(leaf: Any) -> bool:
@@ -159,8 +184,12 @@ def upstream(model: Model, leaves: list[Any]) -> tuple[list[int], list[Tensor]]:
     return usable, grads
 
 
-def differentiate(leaves: list[Any], used: list[int], grads: list[Tensor]) -> None:
+def differentiate(
+    leaves: list[Any], used: list[int], grads: list[Tensor], extra: Any = None
+) -> None:
     pairs = [(leaves[i], g) for i, g in zip(used, grads, strict=True) if leaves[i].requires_grad]
+    if extra is not None:
+        pairs.append((extra, torch.ones_like(extra)))
     if pairs:
         torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
 
@@ -180,10 +209,26 @@ def check_gradients(model: Model) -> None:
                 mine.requires_grad, leaf.requires_grad,
             )  # fmt: skip
     used, grads = upstream(model, right.leaves)
-    differentiate(got, used, grads)
+    mine, wanted = resource_losses(model, routing, right)
+    differentiate(got, used, grads, mine)
     mine = take_gradients(tensors)
-    differentiate(right.leaves, used, grads)
+    differentiate(right.leaves, used, grads, wanted)
     same_gradients("gradient", names, mine, take_gradients(tensors), gradient_tolerance(model))
+
+
+def resource_losses(model: Model, routing: Any, right: Answer) -> tuple[Any, Any]:
+    """The library's and ours, where `Routing.weights` is documented to have this gradient."""
+    learns = (
+        model.num_rows and right.weights.requires_grad and model.draw.pick("minds cost", (0, 1))
+    )
+    soft = model.fusion.execution == "dense" or model.fusion.gate_grad == "straight_through"
+    if not learns or not soft:
+        return None, None
+    costs = [1.0 + 2 * index for index in range(len(model.branches))]
+    wanted = (right.weights * torch.tensor(costs, dtype=model.dtype)).sum(1).mean()
+    got = resource_loss(routing, costs)
+    close("resource_loss", got.to(wanted.dtype), wanted)
+    return got, wanted
 
 
 def gradient_tolerance(model: Model) -> float | None:
@@ -204,6 +249,9 @@ def check_without_graph(model: Model) -> None:
         check_values(model, got, right)
         check_routing(model, routing, right, recorded=False)
         check_hooks(model, routing)
+        if model.draw.features["generator"] and routing.choice is not None:
+            _, again = model()
+            require(torch.equal(again.choice, routing.choice), "the same draws", again, routing)
         for leaf in tensors_of(got):
             require(leaf.grad_fn is None, "graph without gradients", leaf.grad_fn, None)
 

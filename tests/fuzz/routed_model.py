@@ -11,10 +11,12 @@ from dynmm_kernels import Branch, RoutedFusion
 
 from .draw import Draw
 from .networks import (
+    FAULTS,
     NO_HALF,
     STRUCTURES,
     Gate,
     Network,
+    Writes,
     begins_in_place,
     reads_one_tensor,
 )
@@ -42,6 +44,7 @@ class Reader:
     module: nn.Module
     reads: tuple[Any, ...]
     in_place: bool = False
+    writes: bool = False
     batch_norm: bool = False
     after: Callable[[Any], Any] = lambda output: output
 
@@ -81,8 +84,10 @@ class Model:
         return mapped(lambda leaf: leaf.value, self.arguments)
 
     def __call__(self, *values: Any) -> tuple[Any, Any]:
-        values = values or self.values()
-        return self.fusion(*values, choice=self.choice, return_routing=True)
+        options = {"choice": self.choice, "return_routing": True}
+        if self.draw.pick("generator", (False, True)):
+            options["generator"] = torch.Generator().manual_seed(self.draw.seed)
+        return self.fusion(*(values or self.values()), **options)
 
     def learners(self) -> tuple[list[str], list[Tensor]]:
         """Names and tensors of all that may get a gradient."""
@@ -93,6 +98,11 @@ class Model:
         ]
         named += [item for item in self.fusion.named_parameters() if item[1].requires_grad]
         return [name for name, _ in named], [tensor for _, tensor in named]
+
+    @property
+    def fault(self) -> str:
+        parts = self.branches[-1].module.modules()
+        return next((part.fault for part in parts if isinstance(part, Network)), "none")
 
     @property
     def integral(self) -> bool:
@@ -125,7 +135,8 @@ def draw_branch(
     """A branch for the oracle, and its selector for the library."""
     selector, reads = draw_selector(draw, f"branch {index}", arguments)
     style = draw.pick(
-        f"branch {index}", {"network": 6, "in place": 1, "identity": 0.5, "batch norm": 0.7}
+        f"branch {index}",
+        {"network": 6, "in place": 1, "identity": 0.5, "batch norm": 0.7, "writes": 0.3},
     )
     one = reads_one_tensor(reads)
     if style == "identity" and one and structure == "tensor":
@@ -135,7 +146,10 @@ def draw_branch(
     in_place = style == "in place" and one
     if in_place:
         network = begins_in_place(draw, f"branch {index}", network)
-    return Reader(network, reads, in_place, normed), selector
+    writes = style == "writes" and one
+    if writes:
+        network = Writes(network)
+    return Reader(network, reads, in_place or writes, writes, normed), selector
 
 
 def draw_choice(draw: Draw, num_rows: int, num_branches: int) -> Any:
@@ -168,6 +182,7 @@ def draw_model(draw: Draw) -> Model:
     drawn = [draw_branch(draw, i, arguments, dtype, structure) for i in range(num_branches)]
     branches = [reader for reader, _ in drawn]
     freeze(draw, gate, branches)
+    spoil(draw, context, branches[-1], structure, num_rows)
 
     costs = [draw.pick(f"cost {i}", (1.0, 2.5, 7.0)) for i in range(num_branches)]
     costs = costs if draw.pick("costs", (False, True)) else None
@@ -202,6 +217,17 @@ def draw_model(draw: Draw) -> Model:
     )  # fmt: skip
     add_hooks(model)
     return model
+
+
+def spoil(draw: Draw, context: str, branch: Reader, structure: str, num_rows: int) -> None:
+    """A branch that returns what it must not; under autocast, one that ends in float."""
+    fault = draw.pick("fault", dict.fromkeys(FAULTS, 0.3) | {"none": 40})
+    in_float = context == "autocast" and draw.pick("last branch in float", (False, True))
+    for part in branch.module.modules():
+        if isinstance(part, Network):
+            part.in_float = in_float
+            if structure == "tensor" and num_rows and context in ("gradients", "no_grad"):
+                part.fault = fault
 
 
 def freeze(draw: Draw, gate: Reader, branches: list[Reader]) -> None:

@@ -108,6 +108,8 @@ def answer(model: Model, routing: Any, record_all: bool) -> Answer:
             decided.append((*forced_weights(model, routing, samples), None))
     columns = list(zip(*decided, strict=True))
     weights = torch.cat(columns[0])
+    if subset_statistics(model) and not weights.detach().any():
+        raise Skip("nobody has a branch: one is run all the same, for the shape of its output")
     runs = [
         branch_runner(model, i, weights.detach()[:, i] != 0) for i in range(len(model.branches))
     ]

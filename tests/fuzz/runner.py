@@ -13,7 +13,6 @@ import dynmm_kernels
 from .compare import Refused, Skip
 from .draw import Draw
 
-
 RARELY = {"raw": 20}  # a case in a process of its own: one in so many
 
 

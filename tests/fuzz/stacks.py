@@ -29,7 +29,6 @@ from .draw import LAYOUTS, Draw, laid_out
 from .stacks_model import Stack, draw_stack
 from .stacks_oracle import Answer, answer
 
-
 NO_REFUSAL = contextlib.nullcontext()
 
 
@@ -39,11 +38,22 @@ def case(chained: bool, draw: Draw) -> None:
     small = stack.num_rows * (2 if stack.streams[0].ndim > 2 else 1) < 2
     if small and stack.has_norms and stack.fusion.training:
         raise Skip("BatchNorm needs two values")
-    lonely = stack.subset and stack.streams[0].ndim == 2
-    with may_refuse(ValueError, naming="Expected more than 1") if lonely else NO_REFUSAL:
+    with refusals(stack):
         RUNS.get(stack.context, check_gradients)(stack)
     for name, stream, values in zip(("main", "aux"), stack.streams, before, strict=True):
         require(torch.equal(stream.detach(), values), f"{name} after the call", stream, values)
+
+
+@contextlib.contextmanager
+def refusals(stack: Stack):
+    """What is refused whatever is asked of the stack."""
+    with contextlib.ExitStack() as may:
+        if stack.subset and stack.streams[0].ndim == 2:
+            may.enter_context(may_refuse(ValueError, naming="Expected more than 1"))
+        if any(part.kind == "writes" for part in stack.joins):
+            may.enter_context(may_refuse(ValueError, naming="must not write"))
+            may.enter_context(may_refuse(RuntimeError, naming="in-place operation"))
+        yield
 
 
 nested_case, chained_case = partial(case, False), partial(case, True)

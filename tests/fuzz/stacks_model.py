@@ -70,6 +70,13 @@ class Replace(nn.Module):
         return aux
 
 
+class WriteSum(nn.Module):
+    """Adds in place, which the library may refuse."""
+
+    def forward(self, main: Tensor, aux: Tensor) -> Tensor:
+        return main.add_(aux)
+
+
 class Keep(nn.Module):
     """Returns the main stream as it is."""
 
@@ -86,7 +93,16 @@ STAGES = {
     "batch norm": 0.3,
     "dropout": 0.5,
 }
-FUSIONS = {"add": 3, "weighted": 2, "concat": 2, "se add": 2, "own": 2, "replace": 0.7, "keep": 0.4}
+FUSIONS = {
+    "add": 3,
+    "weighted": 2,
+    "concat": 2,
+    "se add": 2,
+    "own": 2,
+    "replace": 0.7,
+    "keep": 0.4,
+    "writes": 0.15,
+}
 
 
 @dataclass
@@ -138,6 +154,7 @@ def draw_fusion(draw: Draw, name: str, dtype: torch.dtype) -> Stage:
         "se add": lambda: SEAdd(CHANNELS, 2),
         "own": lambda: TanhSum(dtype),
         "replace": Replace,
+        "writes": WriteSum,
         "keep": Keep,
     }
     return Stage(modules[kind]().to(dtype), kind)

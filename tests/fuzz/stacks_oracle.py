@@ -50,6 +50,7 @@ FORMULAS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "add": lambda module, main, aux: main + aux,
     "weighted": lambda module, main, aux: module.weights[0] * main + module.weights[1] * aux,
     "concat": project,
+    "writes": lambda module, main, aux: main + aux,
     "se add": lambda module, main, aux: (
         squeeze_excite(module.excite_main, main) + squeeze_excite(module.excite_aux, aux)
     ),

@@ -94,7 +94,13 @@ class Leaves:
 
     def lazy(self) -> Leaf:
         store = self.draw.normal(self.num_rows, 3).to(self.dtype)
-        return Leaf("lazy", Lazy(lambda samples: store[samples]), store)
+        if self.draw.pick("fetch", ("rows", "the store itself")) == "rows":
+            return Leaf("lazy", Lazy(lambda samples: store[samples]), store)
+
+        def fetch(samples: Tensor) -> Tensor:
+            return store if len(samples) == len(store) else store[samples]
+
+        return Leaf("lazy", Lazy(fetch), store)
 
     def scalar(self) -> Leaf:
         value = self.draw.normal(1)[0].to(self.dtype).requires_grad_(self.learn)
@@ -150,9 +156,10 @@ def draw_selector(draw: Draw, name: str, arguments: tuple[Any, ...]) -> tuple[An
     """A selector for `Branch`, and what it selects of the arguments."""
     parts = parts_of(arguments)
     keys = list(parts)
+    with_rows = [key for key in keys if isinstance(parts[key], Leaf) and parts[key].has_rows]
     chosen = draw.pick(
         f"inputs of {name}",
-        ("all", "one", "one, bare", "all by name", "backwards", "repeated", *CALLABLES),
+        ("all", "one", "one, bare", "last", "all by name", "backwards", "repeated", *CALLABLES),
     )
     if chosen in CALLABLES:
         picked = CALLABLES[chosen](*arguments)
@@ -162,6 +169,7 @@ def draw_selector(draw: Draw, name: str, arguments: tuple[Any, ...]) -> tuple[An
     wanted = {
         "one": keys[:1],
         "one, bare": keys[:1],
+        "last": with_rows[-1:] or keys[:1],
         "all by name": keys,
         "backwards": keys[::-1],
         "repeated": [keys[0], *keys[-1:], keys[0]],
