@@ -2,7 +2,7 @@
 
 from . import backends, schemas
 from .backends import BACKENDS, backend, compiled, compiled_cuda, kernels, why_not
-from .reference import weight_dtype
+from .checks import weight_dtype
 
 __all__ = [
     "BACKENDS",
