@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import DOT, tile_for
 from .launch import launch
 from .rows import (
@@ -65,7 +65,7 @@ def dot_tile(
 
 def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
     num_rows, ranks = inverse.shape
-    dots = rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
+    dots = rows.new_empty(inverse.shape, dtype=checks.weight_dtype(rows.dtype))
     if rows.numel() == 0:
         return dots.zero_()
     rows = laid_out_as(rows, reference.empty_rows(rows, 0))
