@@ -106,9 +106,11 @@ def sum_channels(grad: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def se_add_means(maps: Tensor) -> Tensor:
+    checks.se_add_means(maps)
     return sum_channels(maps)[0]
 
 
 def se_add_dots(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+    checks.se_add_dots(grad, main, aux)
     of_main, of_aux = sum_channels(grad[: aux.shape[0]], main, aux)
     return of_main, of_aux
