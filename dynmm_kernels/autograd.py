@@ -1,18 +1,16 @@
 """Derivatives: gather and combine are each other's transpose, row dots the gradient of weights.
 
-The three are closed under differentiation, so derivatives of any order are exact and run on the
-same kernels. Where no graph is recorded the ops are called directly.
+The three are closed under differentiation, so derivatives of any order, backward and forward, are
+exact and run on the same kernels. Where no derivative is recorded the ops are called directly.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .plan import RoutingPlan
@@ -26,7 +24,7 @@ def gather(
     stops: list[int],
     weights: Tensor | None,
 ) -> list[Tensor]:
-    if torch.is_grad_enabled() and _any_requires_grad(sources, weights):
+    if _recorded(sources, weights):
         return list(_GatherRows.apply(plan, index, starts, stops, weights, *sources))
     repeated = [sources[i] for i in index]
     return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks, weights)
@@ -35,7 +33,7 @@ def gather(
 def combine(
     plan: RoutingPlan, outputs: Sequence[Tensor], starts: list[int], weights: Tensor | None
 ) -> Tensor:
-    if torch.is_grad_enabled() and _any_requires_grad(outputs, weights):
+    if _recorded(outputs, weights):
         return _CombineRows.apply(plan, starts, weights, *outputs)
     return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
 
@@ -43,64 +41,47 @@ def combine(
 def row_dots(
     rows: Tensor, outputs: Sequence[Tensor], starts: list[int], plan: RoutingPlan
 ) -> Tensor:
-    if torch.is_grad_enabled() and _any_requires_grad(outputs, rows):
+    if _recorded(outputs, rows):
         return _RowDots.apply(plan, starts, rows, *outputs)
     return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
 
 
-class _Refuse(torch.autograd.Function):
-    """`tensor`, through which no further derivative goes."""
-
-    @staticmethod
-    def forward(ctx, tensor, anchor):
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "dynmm_kernels: a second derivative through the gate's straight-through gradient or "
-            "through se_add is not offered; detach what needs none, or use masked execution and "
-            "plain PyTorch"
-        )
+def is_followed(tensor: Tensor) -> bool:
+    """Whether a derivative with respect to `tensor` is being recorded, backward or forward."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return follows_forward() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch's, but it refuses also where only saved tensors, not `grad`, have a graph."""
-
-    @functools.wraps(backward)
-    def wrapper(ctx, *grads):
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        return tuple(
-            _Refuse.apply(result, torch.zeros((), requires_grad=True))
-            if isinstance(result, Tensor)
-            else result
-            for result in results
-        )
-
-    return wrapper
+def follows_forward() -> bool:
+    """Whether forward-mode derivatives are being computed."""
+    return forward_ad._current_level >= 0
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, index, starts, stops, weights, *sources):
-        ctx.set_materialize_grads(False)
-        ctx.plan, ctx.index, ctx.starts = plan, index, starts
-        ctx.save_for_backward(weights, *(sources if weights is not None else ()))
-        ctx.num_sources = len(sources)
+    def forward(plan, index, starts, stops, weights, *sources):
         repeated = [sources[i] for i in index]
-        gathered = ops.kernels().gather_rows(
-            repeated, starts, stops, plan.order, plan.ranks, weights
-        )
+        kernels = ops.kernels()
+        return tuple(kernels.gather_rows(repeated, starts, stops, plan.order, plan.ranks, weights))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.plan, ctx.index, ctx.starts, ctx.stops, weights, *sources = inputs
+        ctx.set_materialize_grads(False)
+        ctx.num_sources = len(sources)
+        kept = (weights, *(sources if weights is not None else ()))
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+        followed = weights is not None or follows_forward()
         fixed = [
             out
-            for out, i in zip(gathered, index, strict=True)
-            if not (weights is not None or sources[i].requires_grad) or not _differentiable(out)
+            for out, i in zip(output, ctx.index, strict=True)
+            if not (followed or sources[i].requires_grad) or not _differentiable(out)
         ]
         ctx.mark_non_differentiable(*fixed)
-        return tuple(gathered)
+        if follows_forward():
+            ctx.like = [(out.shape, out.dtype, out.device) for out in output]
 
     @staticmethod
     def backward(ctx, *grads):
@@ -118,14 +99,35 @@ class _GatherRows(torch.autograd.Function):
                 weight_grad = dots if weight_grad is None else weight_grad + dots
         return None, None, None, None, weight_grad, *source_grads
 
+    @staticmethod
+    def jvp(ctx, _plan, _index, _starts, _stops, weight_tangent, *tangents):
+        weights, *sources = ctx.saved_tensors
+        results = []
+        for m, (i, start, stop) in enumerate(zip(ctx.index, ctx.starts, ctx.stops, strict=True)):
+            terms = []
+            if tangents[i] is not None:
+                terms += gather(ctx.plan, [tangents[i]], [0], [start], [stop], weights)
+            if weight_tangent is not None:
+                terms += gather(ctx.plan, [sources[i]], [0], [start], [stop], weight_tangent)
+            shape, dtype, device = ctx.like[m]
+            if not terms and (dtype.is_floating_point or dtype.is_complex):
+                terms.append(torch.zeros(shape, dtype=dtype, device=device))
+            results.append(_sum(terms))
+        return tuple(results)
+
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, starts, weights, *outputs):
-        ctx.plan, ctx.starts = plan, starts
-        ctx.stops = [start + out.shape[0] for start, out in zip(starts, outputs, strict=True)]
-        ctx.save_for_backward(weights, *(outputs if weights is not None else ()))
+    def forward(plan, starts, weights, *outputs):
         return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.plan, ctx.starts, weights, *outputs = inputs
+        ctx.stops = [start + out.shape[0] for start, out in zip(ctx.starts, outputs, strict=True)]
+        kept = (weights, *(outputs if weights is not None else ()))
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx, grad):
@@ -141,13 +143,29 @@ class _CombineRows(torch.autograd.Function):
         dots = row_dots(grad, outputs, ctx.starts, ctx.plan) if ctx.needs_input_grad[2] else None
         return None, None, dots, *grads
 
+    @staticmethod
+    def jvp(ctx, _plan, _starts, weight_tangent, *tangents):
+        weights, *outputs = ctx.saved_tensors
+        terms = []
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        if moving:
+            rows, starts = [tangents[i] for i in moving], [ctx.starts[i] for i in moving]
+            terms.append(combine(ctx.plan, rows, starts, weights))
+        if weight_tangent is not None:
+            terms.append(combine(ctx.plan, outputs, ctx.starts, weight_tangent))
+        return _sum(terms)
+
 
 class _RowDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, starts, rows, *outputs):
-        ctx.plan, ctx.starts = plan, starts
-        ctx.save_for_backward(rows, *outputs)
+    def forward(plan, starts, rows, *outputs):
         return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.plan, ctx.starts, rows, *outputs = inputs
+        ctx.save_for_backward(rows, *outputs)
+        ctx.save_for_forward(rows, *outputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -159,64 +177,28 @@ class _RowDots(torch.autograd.Function):
             grads = gather(ctx.plan, [rows], [0] * len(outputs), ctx.starts, stops, grad)
         return None, None, row_grad, *grads
 
-
-class CombineSelected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, starts, other_starts, index, num_outputs, probs, *rows):
-        outputs = rows[:num_outputs]
-        ctx.plan, ctx.starts, ctx.all_starts = plan, starts, [*starts, *other_starts]
-        ctx.probs_dtype = probs.dtype
-        ctx.save_for_backward(index, *(row.detach() for row in rows))
-        return ops.kernels().combine_rows(outputs, starts, plan.inverse, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        index, *rows = ctx.saved_tensors
-        kernels = ops.kernels()
-        num_outputs = len(ctx.starts)
-        stops = [s + row.shape[0] for s, row in zip(ctx.starts, rows[:num_outputs], strict=True)]
-        grads = kernels.gather_rows(
-            [grad] * num_outputs, ctx.starts, stops, ctx.plan.order, ctx.plan.ranks, None
-        )
-        dots = kernels.row_dots(grad, rows, ctx.all_starts, index).to(ctx.probs_dtype)
-        return None, None, None, None, None, dots, *grads, *[None] * (len(rows) - num_outputs)
+    def jvp(ctx, _plan, _starts, row_tangent, *tangents):
+        rows, *outputs = ctx.saved_tensors
+        terms = []
+        if row_tangent is not None:
+            terms.append(row_dots(row_tangent, outputs, ctx.starts, ctx.plan))
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        if moving:
+            others, starts = [tangents[i] for i in moving], [ctx.starts[i] for i in moving]
+            terms.append(row_dots(rows, others, starts, ctx.plan))
+        return _sum(terms)
 
 
-class FusePrefix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, index, num_parts, weights, *rows):
-        ctx.sizes = [part.shape[0] for part in rows]
-        ctx.num_parts, ctx.weights_dtype = num_parts, weights.dtype
-        ctx.save_for_backward(index, *(part.detach() for part in rows))
-        return torch.cat(rows[:num_parts])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        index, *rows = ctx.saved_tensors
-        starts = [0, *itertools.accumulate(ctx.sizes[:-1])]
-        dots = ops.kernels().row_dots(grad, rows, starts, index).to(ctx.weights_dtype)
-        parts = grad.split(ctx.sizes[: ctx.num_parts])
-        return None, None, dots, *parts, *[None] * (len(rows) - ctx.num_parts)
+def _sum(terms: Sequence[Tensor]) -> Tensor | None:
+    return sum(terms[1:], terms[0]) if terms else None
 
 
-class Touch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output, *tensors):
-        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad):
-        zeros = [
-            torch.zeros((), dtype=dtype, device=device).expand(shape)
-            for shape, dtype, device in ctx.like
-        ]
-        return grad, *zeros
-
-
-def _any_requires_grad(tensors: Sequence[Tensor], other: Tensor | None) -> bool:
+def _recorded(tensors: Sequence[Tensor], other: Tensor | None) -> bool:
+    if follows_forward():
+        return True
+    if not torch.is_grad_enabled():
+        return False
     if other is not None and other.requires_grad:
         return True
     return any(tensor.requires_grad for tensor in tensors)

@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import tree
+from .nn.arguments import Arguments
+from .nn.branch import Branch
 
 
 def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> float:
@@ -22,7 +24,8 @@ def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> 
 
     Args:
         module: a branch or a gate; a `Branch` selects its modalities itself.
-        example_inputs: the arguments, a tuple (or one argument): tensors [N, ...] in any nesting.
+        example_inputs: the arguments, a tuple (or one argument): tensors [N, ...] in any nesting,
+            with `Shared` and `Lazy` as a fusion takes them.
         unit: "macs": multiply-accumulates of matrix products, convolutions, attention, recurrent
             and bilinear layers, by `torch.utils.flop_counter`; elementwise work is not counted.
             "ms": median wall time of a forward pass of the example batch, divided by N.
@@ -34,13 +37,17 @@ def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> 
     """
     if unit not in ("macs", "ms"):
         raise ValueError(f"branch_costs: unit must be 'macs' or 'ms'; got {unit!r}")
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _, num_rows = tree.find_rows(tree.flatten(arguments)[0], "branch_costs inputs")
+    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    batch = Arguments(given, "branch_costs inputs")
+    num_rows = batch.num_rows
     if not num_rows:
         raise ValueError("branch_costs: example_inputs must hold at least one sample")
+    own = module.arguments(batch) if isinstance(module, Branch) else batch
+    measured = module.module if isinstance(module, Branch) else module
+    arguments = own.whole(num_rows)
     measure = _macs if unit == "macs" else _milliseconds
     with _in_eval_mode(module), torch.no_grad():
-        return measure(module, arguments) / num_rows
+        return measure(measured, arguments) / num_rows
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, ops, tree, validation
+from . import autograd, learning, ops, tree, validation
+from .autograd import follows_forward as follows_forward
+from .autograd import is_followed as is_followed
 from .plan import RoutingPlan
 
 
@@ -22,18 +24,23 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
 
     Raises:
         TypeError: `selection` is neither integer nor bool.
-        ValueError: wrong shape, or a value outside -1..B-1 (on a GPU it is raised when the counts
-            are first read).
+        ValueError: wrong shape, more than 2**31 - 2 entries or 2**20 branches, or a value outside
+            -1..B-1 (on a GPU it is raised when the counts are first read).
     """
     given = selection
     plain = type(selection) is Tensor and selection.ndim == 1 and selection.dtype is torch.int64
-    if not plain or num_branches < 1 or selection.shape[0] >= validation.MAX_ENTRIES:
+    if not (
+        plain
+        and type(num_branches) is int
+        and 1 <= num_branches <= validation.MAX_BRANCHES
+        and selection.shape[0] < validation.MAX_ENTRIES
+    ):
         validation.check_selection(selection, num_branches)
         if selection.dtype in validation.UNSIGNED:
             # A value past int64 wraps to a negative one: out of range, but never "no branch".
             wide = selection.long()
             selection = torch.where(wide < 0, num_branches, wide)
-    order, inverse, header = ops.backends.serving.route(selection, num_branches)
+    order, inverse, header = ops.kernels().route(selection, num_branches)
     if not selection.is_cpu:
         return RoutingPlan(order, inverse, header, num_branches, unchecked=given)
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
@@ -52,7 +59,8 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
         maximum) count as `plan.faults` and choose -1.
     """
-    choice, order, inverse, header = ops.backends.serving.route_argmax(logits)
+    validation.check_entries(logits.shape[0])
+    choice, order, inverse, header = ops.kernels().route_argmax(logits)
     return choice, RoutingPlan(order, inverse, header, logits.shape[1])
 
 
@@ -61,6 +69,7 @@ def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> Rou
 
     The faults are left to `validation.check_faults`.
     """
+    validation.check_entries(selection.numel())
     selection = torch.where(undefined, -2, selection)
     order, inverse, header = ops.kernels().route(selection, num_branches)
     return RoutingPlan(order, inverse, header, num_branches)
@@ -74,7 +83,11 @@ def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     Args:
         plan: a plan in which no sample has a branch twice.
         selected: bool [N, B], what `plan` routes.
+
+    Raises:
+        ValueError: too many entries; the slots of both plans together are int32.
     """
+    validation.check_entries(selected.numel() + plan.order.shape[0])
     order, inverse, header = ops.kernels().route(~selected, plan.num_branches)
     starts = [b * plan.num_rows - start for b, start in enumerate(plan.starts)]
     return RoutingPlan(order, inverse, header, plan.num_branches, [*starts, 0, -1])
@@ -131,12 +144,15 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
         raise ValueError(
             f"combine: wanted one output per branch, {plan.num_branches}; got {len(outputs)}"
         )
+    for b, count in enumerate(plan.counts):
+        if count and outputs[b] is None and any(output is not None for output in outputs):
+            raise ValueError(f"combine: branch {b} has {count} rows but no output")
     active = [b for b, n in enumerate(plan.counts) if n or outputs[b] is not None]
     if not active:
         raise ValueError("combine: every output is None, so the shape of the result is unknown")
     rows = [plan.counts[b] for b in active]
     columns, spec = validation.check_outputs(
-        [outputs[b] for b in active], rows, [f"branch {b}" for b in active]
+        [outputs[b] for b in active], rows, [f"branch {b}" for b in active], plan.order.device
     )
     starts = [plan.starts[b] for b in active]
     combined = [combine_rows(plan, column, starts, weights) for column in columns]
@@ -164,7 +180,7 @@ def combine_rows(
     first = outputs[0]
     if not isinstance(first, Tensor):
         return first
-    outputs = _same_dtype(outputs)
+    outputs = same_dtype(outputs)
     if weights is None and plan.ranks == 1:
         return autograd.combine(plan, outputs, starts, None)
     if first.dtype == torch.bool:
@@ -182,6 +198,7 @@ def combine_selected(
     others: Sequence[Any],
     other_starts: list[int],
     index: Tensor,
+    hidden: learning.Hidden | None,
 ) -> Any:
     """combine_rows without weights, which also sends the gate its straight-through gradient.
 
@@ -189,27 +206,42 @@ def combine_selected(
     `outputs` and then those of `others`, at the slots `starts` and `other_starts`; -1: no row, no
     gradient. The rows themselves get no gradient on this way: in the forward pass the weight of a
     selected branch is one, of any other zero.
+
+    `hidden`: what the rows of `others` were computed from without a graph. Second derivatives with
+    respect to these tensors are refused; where there are none, all are exact.
     """
     first = outputs[0]
     if not isinstance(first, Tensor):
         return first
     if not first.is_floating_point() and not first.is_complex():
         return combine_rows(plan, outputs, starts)
-    outputs = _same_dtype(outputs)
+    outputs = same_dtype(outputs)
     others = [other.to(outputs[0].dtype) for other in others]
-    return autograd.CombineSelected.apply(
-        plan, starts, other_starts, index, len(outputs), probs, *outputs, *others
+    return learning.CombineSelected.apply(
+        plan, starts, other_starts, index, len(outputs), hidden, probs, *outputs, *others
     )
 
 
-def touch(output: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """`output`, with `tensors` in its graph: they receive gradients of exactly zero, not None."""
-    return autograd.Touch.apply(output, *tensors)
+def touch(
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    sparse: Sequence[bool] | None = None,
+    hidden: learning.Hidden | None = None,
+) -> Sequence[Tensor]:
+    """The outputs, with `tensors` in their graph: these get gradients of exactly zero, not None.
+
+    Args:
+        outputs: tensors that nobody else holds, none of them a view or a leaf of a graph.
+        sparse: whose zeros are sparse; default: nobody's.
+        hidden: what the zeros depend on in masked execution, where a derivative of them is refused.
+    """
+    sparse = [False] * len(tensors) if sparse is None else sparse
+    return learning.Touch.apply(len(outputs), sparse, hidden, *outputs, *tensors)
 
 
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """`route_argmax` as order, inverse and the header on the host, without faults."""
-    _, order, inverse, header = ops.backends.serving.route_argmax(logits)
+    _, order, inverse, header = ops.kernels().route_argmax(logits)
     header = header.tolist()
     if header[-2]:
         validation.check_faults(logits, header)
@@ -221,7 +253,7 @@ def gather_flat(
 ) -> list[Sequence[Tensor]]:
     """For each range of slots of a top-1 order: its rows of every tensor. Records no graph."""
     size = len(tensors)
-    gather = ops.backends.serving.gather_rows
+    gather = ops.kernels().gather_rows
     if size == 1:
         return [(rows,) for rows in gather([*tensors] * len(starts), starts, stops, order, 1)]
     starts = [start for start in starts for _ in range(size)]
@@ -232,7 +264,7 @@ def gather_flat(
 
 def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
     """Tensors of one dtype, by slots of a top-1 plan, in sample order. Records no graph."""
-    return ops.backends.serving.combine_rows(outputs, starts, inverse)
+    return ops.kernels().combine_rows(outputs, starts, inverse)
 
 
 def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:
@@ -244,7 +276,8 @@ def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+def same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """All in `widest_dtype`."""
     dtype = widest_dtype(outputs)
     if all(output.dtype is dtype for output in outputs):
         return outputs

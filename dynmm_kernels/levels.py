@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, learning, ops
 from .functional import widest_dtype
 from .plan import RoutingPlan
 
@@ -67,6 +67,7 @@ def fuse_prefix(
     rest: Tensor | None,
     weights: Tensor,
     exact: bool,
+    hidden: learning.Hidden | None,
 ) -> Tensor:
     """[N, ...]: the rows `fused` and behind them `tail`; the gate learns from it.
 
@@ -79,6 +80,7 @@ def fuse_prefix(
         weights: [N, 2], of own and fused rows. Their values are taken to be (0, 1) for the first n
             samples and (1, 0) behind them.
         exact: also give a gradient to the weights that are 0.
+        hidden: as in `functional.combine_selected`.
     """
     parts = [part for part in (fused, tail) if part is not None]
     others = [part for part in (head, rest) if exact and part is not None]
@@ -88,4 +90,4 @@ def fuse_prefix(
     active = slot < (0 if fused is None else fused.shape[0])
     index = torch.stack([torch.where(active, other, slot), torch.where(active, slot, other)], 1)
     blocks = [part.to(dtype) for part in (*parts, *others)]
-    return autograd.FusePrefix.apply(index, len(parts), weights, *blocks)
+    return learning.FusePrefix.apply(index, len(parts), hidden, weights, *blocks)

@@ -41,8 +41,14 @@ def resource_loss(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"resource_loss: reduction must be 'sum' or 'mean'; got {reduction!r}")
-    several = not isinstance(routing, Routing)
+    several = isinstance(routing, (list, tuple))
     routings = [*routing] if several else [routing]  # type: ignore[misc]
+    for one in routings:
+        if not isinstance(one, Routing):
+            raise TypeError(
+                f"resource_loss: wanted a Routing, from fusion(..., return_routing=True), or a "
+                f"list of them; got {type(one).__name__}"
+            )
     tables = ([None] * len(routings) if costs is None else [*costs]) if several else [costs]
     if not routings or len(tables) != len(routings):
         raise ValueError(
@@ -63,6 +69,8 @@ def _cost(routing: Routing, costs: Costs | None, reduction: str) -> Tensor:
     costs = routing.costs if costs is None else costs
     if costs is None:
         raise ValueError("resource_loss: give costs, or construct every Branch with a cost")
+    if any(isinstance(cost, str) for cost in costs):
+        raise TypeError(f"resource_loss: costs must be numbers, one per branch; got {costs!r}")
     weights = routing.weights
     if len(costs) != weights.shape[1]:
         raise ValueError(

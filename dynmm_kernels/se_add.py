@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import once_differentiable
+from .autograd import follows_forward
 from .ops.reference import empty_maps
 
 Excite = Callable[[Tensor], Tensor]
@@ -40,12 +41,16 @@ def se_add(
     Raises:
         TypeError: not floating tensors of one dtype.
         ValueError: shapes that do not fit.
-        RuntimeError: a second derivative is asked for; none is offered.
+        RuntimeError: a second derivative is asked for, and an excitation answers the same means
+            otherwise than before (dropout). Else derivatives of any order are exact; those beyond
+            the first, and forward mode, are computed by plain PyTorch.
     """
     _check_maps(main, aux)
     if main.dtype != aux.dtype:  # under autocast
         wide = torch.promote_types(main.dtype, aux.dtype)
         main, aux = main.to(wide), aux.to(wide)
+    if follows_forward():
+        return _plain(main, aux, *_plain_scales(main, aux, excite_main, excite_aux))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (main, aux, *parameters)):
         return _SEAdd.apply(excite_main, excite_aux, main, aux, *parameters)
     kernels = ops.kernels()
@@ -63,20 +68,27 @@ class _SEAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, excite_main, excite_aux, main, aux, *parameters):
         kernels, head = ops.kernels(), main[: aux.shape[0]]
+        ctx.excite = excite_main, excite_aux
+        ctx.autocast = (
+            torch.is_autocast_enabled(main.device.type),
+            torch.get_autocast_dtype(main.device.type),
+        )
         ctx.means = [kernels.se_add_means(maps).requires_grad_() for maps in (head, aux)]
-        # Hooks such as those of checkpointing are for what the outer graph keeps.
-        plain = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+        # Hooks such as those of checkpointing are for what the outer graph keeps. A tensor that is
+        # unpacked as it was packed would keep itself alive.
+        plain = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _unchanged)
         with torch.enable_grad(), plain:
             ctx.scales = [
                 _scales(excite, means, main)
-                for excite, means in zip((excite_main, excite_aux), ctx.means, strict=True)
+                for excite, means in zip(ctx.excite, ctx.means, strict=True)
             ]
         ctx.save_for_backward(main, aux, *parameters)
         return kernels.se_add(main, aux, *(scales.detach() for scales in ctx.scales))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled() or follows_forward():
+            return None, None, *_plain_grads(ctx, grad)
         main, aux, *parameters = ctx.saved_tensors
         kernels = ops.kernels()
         head, grad = main[: aux.shape[0]], _laid_out_as(main, grad)
@@ -105,6 +117,48 @@ class _SEAdd(torch.autograd.Function):
         given = iter(grads[2:])
         of_parameters = [next(given) if need else None for need in ctx.needs_input_grad[4:]]
         return None, None, of_main, of_aux, *of_parameters
+
+
+def _plain_grads(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of main, aux and the parameters, with a graph of their own."""
+    main, aux, *_ = tensors = ctx.saved_tensors
+    enabled, dtype = ctx.autocast
+    with torch.enable_grad(), torch.autocast(main.device.type, dtype=dtype, enabled=enabled):
+        scales = _plain_scales(main, aux, *ctx.excite)
+        out = _plain(main, aux, *scales)
+    for again, before in zip(scales, ctx.scales, strict=True):
+        if not torch.allclose(again, before, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise RuntimeError(
+                "se_add: a second derivative is not offered where an excitation answers the same "
+                "means otherwise than before, as dropout does; use se_add without it"
+            )
+    needed = [t for t, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
+    grads = iter(
+        torch.autograd.grad(
+            out, needed, grad, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+    )
+    return [next(grads) if need else None for need in ctx.needs_input_grad[2:]]
+
+
+def _plain_scales(main: Tensor, aux: Tensor, *excite: Excite) -> list[Tensor]:
+    streams = (main[: aux.shape[0]], aux)
+    return [
+        _scales(of, _channel_means(maps), maps) for of, maps in zip(excite, streams, strict=True)
+    ]
+
+
+def _channel_means(maps: Tensor) -> Tensor:
+    pixels = maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:]))
+    return pixels.to(ops.weight_dtype(maps.dtype)).mean(2)
+
+
+def _plain(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> Tensor:
+    """The op `se_add` in plain PyTorch."""
+    head, tail = main.split([aux.shape[0], main.shape[0] - aux.shape[0]])
+    shape = (*main_scale.shape, *[1] * (main.ndim - 2))
+    fused = main_scale.view(shape) * head + aux_scale.view(shape) * aux
+    return torch.cat([fused.to(main.dtype), tail])
 
 
 def _laid_out_as(main: Tensor, grad: Tensor) -> Tensor:

@@ -50,11 +50,11 @@ _LIST, _TUPLE = (list,), (tuple,)
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     kind = type(tree)
-    if kind is Tensor:
+    if kind is Tensor or isinstance(tree, Tensor):
         return [tree], None
     if kind is tuple or kind is list:
         for leaf in tree:
-            if type(leaf) is not Tensor:
+            if not isinstance(leaf, Tensor):
                 break
         else:
             return list(tree), _TUPLE if kind is tuple else _LIST
@@ -77,6 +77,29 @@ def unflatten(leaves: list[Any], spec: Spec) -> Any:
 def is_flat(spec: Spec) -> bool:
     """True for a list or tuple of tensors."""
     return spec is _TUPLE or spec is _LIST
+
+
+def flatten_as(spec: Spec, tree: Any) -> list[Any] | None:
+    """The leaves of `tree` in the order of `spec`; None where it has another structure.
+
+    Dicts of the same keys are the same structure, whatever the order of their keys.
+    """
+    leaves, own = flatten(tree)
+    if own == spec:
+        return leaves
+    if not (isinstance(spec, pytree.TreeSpec) and isinstance(own, pytree.TreeSpec)):
+        return None
+    try:
+        ordered = spec.flatten_up_to(tree)
+    except ValueError:
+        return None
+    return ordered if {id(leaf) for leaf in ordered} == {id(leaf) for leaf in leaves} else None
+
+
+def tensors_in(leaves: list[Any]) -> list[Tensor]:
+    """Every tensor among the leaves, those in `Shared` too."""
+    plain = [leaf.tensor if isinstance(leaf, Shared) else leaf for leaf in leaves]
+    return [leaf for leaf in plain if isinstance(leaf, Tensor)]
 
 
 def find_rows(

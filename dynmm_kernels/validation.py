@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,20 @@ from .plan import RoutingPlan
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
-MAX_ENTRIES = 2**31 - 1
+MAX_ENTRIES = 2**31 - 1  # slots are int32
+MAX_BRANCHES = 2**20
 
 
-def check_selection(selection: Any, num_branches: int) -> None:
+def check_selection(selection: Any, num_branches: Any) -> None:
     """Raises TypeError or ValueError unless `route` can take it; values are checked as it runs."""
     if not isinstance(selection, Tensor):
         raise TypeError(f"route: selection must be a tensor; got {type(selection).__name__}")
-    if num_branches < 1:
-        raise ValueError(f"route: num_branches must be at least 1; got {num_branches}")
+    if isinstance(num_branches, bool) or not hasattr(num_branches, "__index__"):
+        raise TypeError(
+            f"route: num_branches must be an integer; got {type(num_branches).__name__}"
+        )
+    if not 1 <= num_branches <= MAX_BRANCHES:
+        raise ValueError(f"route: num_branches must be in 1..{MAX_BRANCHES}; got {num_branches}")
     shape = list(selection.shape)
     if selection.dtype == torch.bool:
         if len(shape) != 2 or shape[1] != num_branches:
@@ -37,18 +42,39 @@ def check_selection(selection: Any, num_branches: int) -> None:
         )
     elif len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] == 0):
         raise ValueError(f"route: selection must have shape [N] or [N, k>=1]; got {shape}")
-    if selection.numel() >= MAX_ENTRIES:
-        raise ValueError(f"route: at most 2**31 - 2 entries (N*k); got {selection.numel()}")
+    check_entries(selection.numel())
+
+
+def check_entries(count: int) -> None:
+    """Raises ValueError unless so many (row, rank) have slots, which are int32."""
+    if count >= MAX_ENTRIES:
+        raise ValueError(
+            f"route: at most 2**31 - 2 entries (rows times ranks, for multi_hot and the exact "
+            f"gradient of the gate rows times branches); got {count}; split the batch"
+        )
 
 
 def check_logits(
-    logits: Any, num_rows: int | None, num_branches: int, gate: str = "the gate"
+    logits: Any,
+    num_rows: int | None,
+    num_branches: int,
+    device: torch.device | None,
+    gate: str = "the gate",
 ) -> None:
-    """Raises TypeError or ValueError unless `logits` is a floating [N, B] (N: any where None)."""
+    """Raises TypeError or ValueError unless `logits` is a floating [N, B] on `device`.
+
+    None stands for any N, and for any device.
+    """
     floating = isinstance(logits, Tensor) and logits.dtype in _FLOATING
     if floating:
         shape = logits.shape
         if len(shape) == 2 and shape[1] == num_branches and num_rows in (None, shape[0]):
+            if device is not None and logits.device != device:
+                raise ValueError(
+                    f"{gate} must return logits on {device}, as its inputs are; got {logits.device}"
+                )
+            if logits.layout is not torch.strided:
+                raise TypeError(f"{gate} must return strided logits; got {logits.layout}")
             return
     wanted = f"[{'N' if num_rows is None else num_rows}, {num_branches}]"
     if floating:
@@ -88,14 +114,14 @@ def check_source(leaf: Any, plan: RoutingPlan) -> None:
         raise ValueError(f"gather: the plan is on {plan.order.device}, a tensor on {leaf.device}")
 
 
-def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int]) -> bool:
+def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int], device: torch.device) -> bool:
     """The common case of `check_outputs`, answered without building anything."""
     dtype = inner = None
     for output, count in zip(outputs, rows):  # noqa: B905 (strict costs as much as the check)
-        if type(output) is not Tensor:
+        if type(output) is not Tensor or output.layout is not torch.strided:
             return False
         length, *rest = output.shape or (-1,)
-        if length != count:
+        if length != count or output.device != device:
             return False
         if inner is None:
             dtype, inner = output.dtype, rest
@@ -105,24 +131,30 @@ def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int]) -> bool:
 
 
 def check_outputs(
-    outputs: Sequence[Any], rows: Sequence[int], names: Sequence[str]
+    outputs: Sequence[Any], rows: Sequence[int], names: Sequence[str], device: torch.device
 ) -> tuple[list[tuple[Any, ...]], tree.Spec]:
     """The leaves of all outputs, one column per leaf, after checking that they fit together.
 
-    `names`: what messages call the branches.
+    Args:
+        rows: how many each must have.
+        names: what messages call the branches.
+        device: where they must be: that of the plan.
 
     Raises:
-        ValueError: another structure, shape or number of rows. TypeError: another dtype.
+        ValueError: another structure, shape, number of rows or device. TypeError: another dtype, or
+            tensors that are not strided.
     """
-    flat = [tree.flatten(output) for output in outputs]
-    spec = flat[0][1]
-    for name, (leaves, other) in zip(names, flat, strict=True):
-        if other != spec or len(leaves) != len(flat[0][0]):
+    _, spec = tree.flatten(outputs[0])
+    flat = []
+    for name, output in zip(names, outputs, strict=True):
+        leaves = tree.flatten_as(spec, output)
+        if leaves is None:
             raise ValueError(
-                f"{name} returns another structure than {names[0]}: "
-                f"{_describe(leaves)} against {_describe(flat[0][0])}"
+                f"{name} returns another structure than {names[0]}: {_describe(output)} against "
+                f"{_describe(outputs[0])}"
             )
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+        flat.append(leaves)
+    columns = list(zip(*flat, strict=True))
     for position, column in enumerate(columns):
         first = column[0]
         for name, leaf, count in zip(names, column, rows, strict=True):
@@ -130,9 +162,16 @@ def check_outputs(
                 if (isinstance(first, Tensor) and first.ndim > 0) or isinstance(leaf, Tensor):
                     raise ValueError(
                         f"{name}: output {position} must be a tensor of shape [{count}, "
-                        f"...], one row per sample; got {_describe([leaf])}"
+                        f"...], one row per sample; got {_describe(leaf)}"
                     )
                 continue
+            if leaf.layout is not torch.strided:
+                raise TypeError(f"{name}: output {position} must be strided; got {leaf.layout}")
+            if leaf.device != device:
+                raise ValueError(
+                    f"{name}: output {position} is on {leaf.device}; it must be on {device}, as "
+                    "the decision and the inputs are"
+                )
             if leaf.shape[0] != count:
                 raise ValueError(
                     f"{name}: output {position} must have {count} rows, one per sample it "
@@ -153,6 +192,10 @@ def check_outputs(
 
 def check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
     """`weights` of outputs of `dtype` as [N, k] in the type that they are summed in."""
+    if weights.device != plan.order.device:
+        raise ValueError(
+            f"combine: the plan is on {plan.order.device}, the weights are on {weights.device}"
+        )
     if not weights.is_floating_point():
         raise TypeError(f"combine: weights must be floating; got {weights.dtype}")
     if not dtype.is_floating_point and not dtype.is_complex:
@@ -167,9 +210,13 @@ def check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Ten
     return weights.to(ops.weight_dtype(dtype))
 
 
-def _describe(leaves: Sequence[Any]) -> str:
-    parts = [
-        f"tensor{list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-        for leaf in leaves
-    ]
-    return f"({', '.join(parts)})"
+def _describe(tree: Any) -> str:
+    """Its structure, and the shapes of its tensors."""
+    if isinstance(tree, Tensor):
+        return f"tensor{list(tree.shape)}"
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_describe(value)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, (list, tuple)):
+        inner = ", ".join(map(_describe, tree))
+        return f"[{inner}]" if isinstance(tree, list) else f"({inner})"
+    return "None" if tree is None else type(tree).__name__

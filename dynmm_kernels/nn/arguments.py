@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import functional as F
 from .. import tree
 from ..plan import RoutingPlan
+from .notes import note_origin
 
 
 class Arguments:
@@ -41,11 +42,15 @@ class Arguments:
             return self.leaves
         return [self.leaves[i] for i in self.rows if isinstance(self.leaves[i], Tensor)]
 
+    def held(self) -> list[Tensor]:
+        """Every tensor that is here already, `Shared` ones too."""
+        return self.leaves if self.plain else tree.tensors_in(self.leaves)
+
     def whole(self, num_rows: int | None, copied: bool = False) -> tuple[Any, ...]:
         """The arguments for the whole batch: the caller's own tensors, unless they are `copied`."""
         if self.plain and not copied:
             return self.selected
-        indices = None
+        copies: dict[int, Tensor] = {}
         rows = []
         for i in self.rows:
             leaf = self.leaves[i]
@@ -55,10 +60,12 @@ class Arguments:
                         f"{self.label}: with Lazy inputs alone the number of samples is unknown; "
                         "pass a tensor as well, or a choice as a LongTensor [N]"
                     )
-                indices = torch.arange(num_rows) if indices is None else indices
-                leaf = self.fetch(leaf, indices)
+                leaf = self.fetch(leaf, torch.arange(num_rows), copied)
             elif copied:
-                leaf = leaf.clone()
+                key = id(leaf)
+                if key not in copies:
+                    copies[key] = leaf.clone()
+                leaf = copies[key]
             rows.append(leaf)
         return self.of(rows)
 
@@ -71,28 +78,37 @@ class Arguments:
             leaves[i] = row
         return tree.unflatten(leaves, self.spec)
 
-    def fetch(self, lazy: tree.Lazy, indices: Tensor) -> Tensor:
-        """The rows `indices` of a Lazy modality.
+    def fetch(self, lazy: tree.Lazy, indices: Tensor, copied: bool) -> Tensor:
+        """The rows `indices` of a Lazy modality; `copied`, for they may be its own store.
 
         Raises:
             ValueError: it did not return one row per index.
         """
-        rows = lazy.fetch(indices)
-        if not isinstance(rows, Tensor) or rows.ndim == 0 or rows.shape[0] != indices.numel():
+        wanted = indices.numel()
+        try:
+            rows = lazy.fetch(indices)
+        except Exception as error:
+            note_origin(error, self.label)
+            raise
+        if not isinstance(rows, Tensor) or rows.ndim == 0 or rows.shape[0] != wanted:
             got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(
-                f"{self.label}: Lazy was asked for {indices.numel()} rows and must return a "
-                f"tensor with as many; got {got}"
+                f"{self.label}: Lazy was asked for {wanted} rows and must return a tensor with as "
+                f"many; got {got}"
             )
-        return rows
+        return rows.clone() if copied else rows
 
 
 def gather_arguments(
-    plan: RoutingPlan, branches: Sequence[int], arguments: Sequence[Arguments]
+    plan: RoutingPlan,
+    branches: Sequence[int],
+    arguments: Sequence[Arguments],
+    copied: Sequence[bool],
 ) -> list[tuple[Any, ...]]:
     """For each branch its arguments with only its own rows.
 
-    All tensors of all branches move in one call.
+    All tensors of all branches move in one call; what a branch reads twice (q = k = v) moves once
+    and stays one tensor. `copied`: which branches may write into their arguments.
     """
     first, size = arguments[0], len(arguments[0].leaves)
     if len(branches) > 1 and first.plain and all(own is first for own in arguments):
@@ -103,31 +119,39 @@ def gather_arguments(
 
     sources: list[Tensor] = []
     index_of: dict[int, int] = {}
+    place_of: dict[tuple[int, int], int] = {}  # (tensor, branch) -> which of what moves
     index, owner = [], []
     for branch, own in zip(branches, arguments, strict=True):
         for tensor in own.tensors():
             position = index_of.setdefault(id(tensor), len(sources))
             if position == len(sources):
                 sources.append(tensor)
-            index.append(position)
-            owner.append(branch)
-    gathered = iter(F.gather_rows(plan, sources, index, owner) if index else ())
+            if place_of.setdefault((id(tensor), branch), len(index)) == len(index):
+                index.append(position)
+                owner.append(branch)
+    gathered = F.gather_rows(plan, sources, index, owner) if index else []
     return [
-        own.of(_next_rows(own, gathered, plan, branch))
-        for branch, own in zip(branches, arguments, strict=True)
+        own.of(_rows_of(own, plan, branch, gathered, place_of, writes))
+        for branch, own, writes in zip(branches, arguments, copied, strict=True)
     ]
 
 
-def _next_rows(
-    own: Arguments, gathered: Iterator[Tensor], plan: RoutingPlan, branch: int
+def _rows_of(
+    own: Arguments,
+    plan: RoutingPlan,
+    branch: int,
+    gathered: Sequence[Tensor],
+    place_of: dict[tuple[int, int], int],
+    copied: bool,
 ) -> list[Tensor]:
     """The branch's per-sample leaves: gathered already, or fetched now."""
     indices = None
     rows = []
     for i in own.rows:
-        if isinstance(own.leaves[i], tree.Lazy):
+        leaf = own.leaves[i]
+        if isinstance(leaf, tree.Lazy):
             indices = plan.rows(branch).cpu() if indices is None else indices
-            rows.append(own.fetch(own.leaves[i], indices))
+            rows.append(own.fetch(leaf, indices.clone(), copied))
         else:
-            rows.append(next(gathered))
+            rows.append(gathered[place_of[id(leaf), branch]])
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .arguments import Arguments
 from .memory import versions
+from .notes import note_origin
 
 Selector = str | int | Sequence[str | int] | Callable[..., Any] | None
 
@@ -40,23 +42,31 @@ class Branch(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"Branch: module must be an nn.Module; got {type(module).__name__}")
+        if isinstance(inputs, bool):
+            raise TypeError(f"Branch: inputs must be keys, positions or a callable; got {inputs}")
         if isinstance(inputs, (str, int)):
             inputs = [inputs]
         self.module = module
         self.inputs = inputs
         self.name = name
         self.cost = cost
-        self.norms = _batch_norms(module)
-        self.in_place = _has_in_place_layers(module)
+        self._look_at_module()
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*self.select(inputs))
+    def forward(self, *inputs: Any, selected: bool = False) -> Any:
+        """The module's output. `selected`: `inputs` are what it reads, not what the fusion got."""
+        return self.module(*(inputs if selected else self.select(inputs)))
 
     def train(self, mode: bool = True) -> Branch:
         super().train(mode)
-        self.norms = _batch_norms(self.module)
-        self.in_place = _has_in_place_layers(self.module)
+        self._look_at_module()
         return self
+
+    def _look_at_module(self) -> None:
+        parts = [*self.module.modules()]
+        self.norms = [part for part in parts if isinstance(part, _BatchNorm)]
+        # It may write into its inputs: ReLU(inplace=True) and its kind.
+        self.in_place = any(getattr(part, "inplace", False) is True for part in parts)
+        self.tables = [part._buffers for part in parts if part._buffers]
 
     def extra_repr(self) -> str:
         known = {"name": self.name, "inputs": self.inputs, "cost": self.cost}
@@ -70,7 +80,7 @@ class Branch(nn.Module):
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
         if self.training:
-            self.norms = _batch_norms(self.module)  # layers may have been added
+            self._look_at_module()  # layers may have been added
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
                 return True
@@ -116,15 +126,33 @@ class Branch(nn.Module):
         return Arguments(self.select(batch.selected), self.label, batch.num_rows)
 
     def call(self, arguments: Sequence[Any]) -> Any:
-        """The module's output; its own exceptions gain the branch's name and keep their type."""
+        """The module's output for what `select` selected.
+
+        Hooks of the branch, its compiled form and a `forward` of a subclass are in use.
+        The module's own exceptions are raised as they are, with a note that names the branch.
+        """
         try:
+            if (
+                self._forward_pre_hooks
+                or self._forward_hooks
+                or self._backward_pre_hooks
+                or self._backward_hooks
+                or self._compiled_call_impl is not None
+                or type(self).forward is not Branch.forward
+            ):
+                return self(*arguments, **({} if self.inputs is None else {"selected": True}))
             module: Any = self._modules["module"]  # past Module.__getattr__, which is slow
             return module(*arguments)
         except Exception as error:
-            note = f"in {self.label}"
-            text = error.args[0] if error.args and isinstance(error.args[0], str) else None
-            error.args = (f"{note}: {text}", *error.args[1:]) if text else (note, *error.args)
+            note_origin(error, self.label)
             raise
+
+    def buffers_held(self) -> Iterator[Tensor]:
+        """The module's buffers, which it may return."""
+        for table in self.tables:
+            for tensor in table.values():
+                if tensor is not None:
+                    yield tensor
 
     def call_reading(self, tensors: Iterable[Tensor], arguments: Sequence[Any]) -> Any:
         """`call` where others read `tensors`, too: the caller, the gate, other branches.
@@ -177,13 +205,6 @@ def as_branch(module: nn.Module, name: str) -> Branch:
         return Branch(module, name=name)
     if module.name is not None:
         return module
-    return Branch(module.module, module.inputs, name, module.cost)
-
-
-def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
-
-
-def _has_in_place_layers(module: nn.Module) -> bool:
-    """Whether it may write into its inputs: ReLU(inplace=True) and its kind."""
-    return any(getattr(part, "inplace", False) is True for part in module.modules())
+    named = copy.copy(module)  # the same module and hooks under a name of its own
+    named.name = name
+    return named

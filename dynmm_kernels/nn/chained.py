@@ -112,6 +112,9 @@ class ChainedFusion(StackFusion):
     def _gate(self, k: int) -> Branch | None:
         return self.gates._modules.get(str(k))  # type: ignore[return-value]
 
+    def _gate_reads(self, k: int) -> bool:
+        return self._gate(k) is not None
+
     def _run_gated(self, run: Run, generator: torch.Generator | None) -> None:
         if self.execution == "dense" or self._runs_masked(run) or self._gates_couple():
             self._run_chain_everywhere(run, generator)
@@ -160,6 +163,7 @@ class ChainedFusion(StackFusion):
             prefix.starved += gate.parameters()
         if prefix.aux is not None:
             logits = self._ask(gate, prefix.main[:active], prefix.aux, 2, generator)
+            prefix.see(prefix.main, prefix.aux)
             learns = self._learns(logits)
             asked.append(logits.detach())
         if prefix.rest is not None:

@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from .. import tree, validation
 from ..plan import RoutingPlan
 from .arguments import Arguments, gather_arguments
 from .branch import Branch
-from .memory import unaliased
+from .memory import apart
 
 
 class Learning(NamedTuple):
@@ -31,20 +31,23 @@ def run_everywhere(
     weights: Tensor,
     soft: bool,
     several: bool = False,
+    uniform: bool = False,
 ) -> tuple[Any, tuple[int, ...]]:
     """Every branch on every sample, then the weighted sum: what DynMM's own code does.
 
-    soft: weights other than 0 and 1. several: more than one of them may be 1.
+    soft: weights other than 0 and 1. several: more than one of them may be 1. uniform: all equal,
+    in the precision of the outputs.
     """
     num_rows = weights.shape[0]
     outputs = [call_whole(branch, batch, num_rows) for branch in branches]
     rows_run = (num_rows,) * len(outputs)
-    columns, spec = validation.check_outputs(
-        outputs, rows_run, [branch.label for branch in branches]
-    )
-    return tree.unflatten(
-        [blend(column, weights, soft, several) for column in columns], spec
-    ), rows_run
+    labels = [branch.label for branch in branches]
+    columns, spec = validation.check_outputs(outputs, rows_run, labels, weights.device)
+    combined = [
+        blend(column, _equal_weights(weights, column) if uniform else weights, soft, several)
+        for column in columns
+    ]
+    return tree.unflatten(combined, spec), rows_run
 
 
 def run_routed(
@@ -71,14 +74,17 @@ def run_routed(
         rest = _run_rest(branches, batch, plan, learning, whole)  # before a graph holds memory
     outputs = _run_rows(branches, batch, plan, own, whole)
     if learning is not None:
-        combined, spec = _learn(branches, plan, learning, own, outputs, rest)
-    elif validation.single_tensors_fit(outputs, rows):
-        combined, spec = [_combine(plan, outputs, own, batch, weights)], None
+        combined, spec = _learn(branches, batch, plan, learning, own, outputs, rest)
+    elif validation.single_tensors_fit(outputs, rows, plan.order.device):
+        combined, spec = [_combine(plan, outputs, own, branches, batch, weights)], None
     else:
-        columns, spec = validation.check_outputs(outputs, rows, [branches[b].label for b in own])
-        combined = [_combine(plan, column, own, batch, weights) for column in columns]
+        labels = [branches[b].label for b in own]
+        columns, spec = validation.check_outputs(outputs, rows, labels, plan.order.device)
+        combined = [_combine(plan, column, own, branches, batch, weights) for column in columns]
     if len(own) < len(branches) and torch.is_grad_enabled():
-        _touch_starved(combined, branches, batch, set(own))
+        starved = [branch for b, branch in enumerate(branches) if b not in own]
+        probs = [] if rest is None or learning is None else [learning.probs]
+        combined = _touch_starved(combined, starved, batch, probs)
     rows_run = counts
     if learning is not None and learning.mode == "straight_through":
         rows_run = (num_rows,) * len(branches)
@@ -94,11 +100,15 @@ def call_whole(branch: Branch, batch: Arguments, num_rows: int | None) -> Any:
 
 
 def _run_coupled(branches: Sequence[Branch], batch: Arguments, num_rows: int) -> dict[int, Any]:
-    """Outputs for the whole batch of the branches whose BatchNorm needs it."""
+    """Outputs for the whole batch of the branches whose BatchNorm needs it, checked."""
     whole = {}
     for b, branch in enumerate(branches):
         if branch.couples_samples():
-            whole[b] = call_whole(branch, batch, num_rows)
+            output = call_whole(branch, batch, num_rows)
+            tensors = [leaf for leaf in tree.flatten(output)[0] if isinstance(leaf, Tensor)]
+            device = tensors[0].device if tensors else torch.device("cpu")
+            validation.check_outputs([output], [num_rows], [branch.label], device)
+            whole[b] = output
     return whole
 
 
@@ -113,7 +123,12 @@ def _run_rows(
     alone = [b for b in wanted if b not in whole and plan.counts[b] < plan.num_rows]
     arguments: list[tuple[Any, ...]] = []
     if alone:
-        arguments = gather_arguments(plan, alone, [branches[b].arguments(batch) for b in alone])
+        arguments = gather_arguments(
+            plan,
+            alone,
+            [branches[b].arguments(batch) for b in alone],
+            [branches[b].in_place for b in alone],
+        )
         arguments.reverse()
     outputs = []
     for b in wanted:
@@ -129,8 +144,12 @@ def _run_rows(
 def _rows_of(plan: RoutingPlan, branch: int, output: Any) -> Any:
     """A branch's own rows out of its output for the whole batch."""
     leaves, spec = tree.flatten(output)
-    rows = F.gather_rows(plan, leaves, range(len(leaves)), [branch] * len(leaves))
-    return tree.unflatten(rows, spec)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    sources, order = [leaves[i] for i in tensors], range(len(tensors))
+    rows = F.gather_rows(plan, sources, order, [branch] * len(tensors)) if tensors else []
+    for i, gathered in zip(tensors, rows, strict=True):
+        leaves[i] = gathered
+    return tree.unflatten(leaves, spec)
 
 
 class Rest(NamedTuple):
@@ -175,6 +194,7 @@ def without_graph() -> Iterator[None]:
 
 def _learn(
     branches: Sequence[Branch],
+    batch: Arguments,
     plan: RoutingPlan,
     learning: Learning,
     own: list[int],
@@ -184,8 +204,12 @@ def _learn(
     """Combines `outputs` so that the gate learns, also from the `rest` where there is one."""
     labels = [branches[b].label for b in own]
     rows = [plan.counts[b] for b in own]
-    index, rest_starts = torch.where(learning.selected, plan.inverse, -1), []
+    index, rest_starts, hidden = torch.where(learning.selected, plan.inverse, -1), [], None
     if rest is not None:
+
+        def hidden() -> list[Tensor]:
+            return [tensor for b in rest.branches for tensor in read_by(branches[b], batch)]
+
         outputs = outputs + rest.outputs
         labels += [branches[b].label for b in rest.branches]
         rows += [rest.plan.counts[b] for b in rest.branches]
@@ -193,11 +217,11 @@ def _learn(
         last = plan.order.shape[0]
         rest_starts = [rest.plan.starts[b] + last for b in rest.branches]
         index = torch.where(learning.selected, plan.inverse, rest.plan.inverse + last)
-    columns, spec = validation.check_outputs(outputs, rows, labels)
+    columns, spec = validation.check_outputs(outputs, rows, labels, plan.order.device)
     starts, split = [plan.starts[b] for b in own], len(own)
     combined = [
         F.combine_selected(
-            plan, column[:split], starts, learning.probs, column[split:], rest_starts, index
+            plan, column[:split], starts, learning.probs, column[split:], rest_starts, index, hidden
         )
         for column in columns
     ]
@@ -208,33 +232,58 @@ def _combine(
     plan: RoutingPlan,
     column: Sequence[Any],
     own: Sequence[int],
+    branches: Sequence[Branch],
     batch: Arguments,
     weights: Tensor | None,
 ) -> Any:
-    if weights is None and len(own) == 1 and plan.counts[own[0]] == plan.num_rows:
-        return unaliased(column[0], batch.tensors())
+    single = len(own) == 1 and plan.counts[own[0]] == plan.num_rows
+    if single and weights is None and plan.ranks == 1:
+        return apart(column[0], [*batch.held(), *branches[own[0]].buffers_held()])
     starts = plan.host_header
     return F.combine_rows(plan, column, [starts[b] for b in own], weights)
 
 
+def read_by(branch: Branch, batch: Arguments) -> list[Tensor]:
+    """What the outputs of a branch depend on: its parameters, and the tensors that it reads."""
+    tensors = [*branch.parameters(), *branch.arguments(batch).held()]
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
 def _touch_starved(
-    combined: list[Any], branches: Sequence[Branch], batch: Arguments, own: set[int]
-) -> None:
+    combined: list[Any], starved: Sequence[Branch], batch: Arguments, probs: list[Tensor]
+) -> list[Any]:
     """Parameters and inputs of branches nobody chose get zero gradients, as when masked.
 
     So an optimiser treats them alike in both modes, and distributed training finds every
-    parameter used.
+    parameter used. `probs`: with the exact gradient of the gate even these zeros depend on them.
     """
-    tensors: list[Tensor] = []
-    for b, branch in enumerate(branches):
-        if b not in own:
-            tensors += branch.parameters()
-            tensors += branch.arguments(batch).tensors()
-    tensors = [tensor for tensor in tensors if tensor.requires_grad]
-    for i, leaf in enumerate(combined):
-        if tensors and isinstance(leaf, Tensor) and leaf.is_floating_point():
-            combined[i] = F.touch(leaf, tensors)
-            return
+    tensors = [tensor for branch in starved for tensor in read_by(branch, batch)]
+    places = [i for i, leaf in enumerate(combined) if _carries_gradient(leaf)]
+    if not tensors or not places:
+        return combined
+    sparse_ids = {
+        id(part.weight)
+        for branch in starved
+        for part in branch.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
+    }
+    sparse = [id(tensor) in sparse_ids for tensor in tensors]
+    hidden = (lambda: probs) if probs else None
+    touched = F.touch([combined[i] for i in places], tensors, sparse, hidden)
+    for i, leaf in zip(places, touched, strict=True):
+        combined[i] = leaf
+    return combined
+
+
+def _carries_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _equal_weights(like: Tensor, column: Sequence[Any]) -> Tensor:
+    """[N, B], 1 / B each, as precise as the outputs are."""
+    dtypes = [leaf.dtype.to_real() for leaf in column if _carries_gradient(leaf)]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return like.new_full(like.shape, 1 / like.shape[1], dtype=dtype)
 
 
 def blend(column: Sequence[Any], weights: Tensor, soft: bool, several: bool = False) -> Any:

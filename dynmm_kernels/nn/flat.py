@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .. import tree, validation
-from .memory import unaliased
+from .memory import apart
 
 if TYPE_CHECKING:
     from .fusion import RoutedFusion
@@ -31,14 +31,15 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
     modules: dict[str, Any] = fusion._modules
     gate, branches = modules["gate"], list(modules["branches"]._modules.values())
     num_rows = _num_rows(inputs)
-    if not num_rows or gate.inputs is not None or gate.in_place:
+    if F.follows_forward() or not num_rows or gate.inputs is not None or gate.in_place:
         return None
     for branch in branches:
         if branch.inputs is not None or branch.norms or branch.in_place:
             return None
 
     logits = gate.call_reading(inputs, inputs)
-    validation.check_logits(logits, num_rows, len(branches))
+    device = inputs[0].device
+    validation.check_logits(logits, num_rows, len(branches), device)
     order, inverse, header = F.route_flat(logits)
     own, starts, stops, counts, start = [], [], [], [], 0
     for b, branch in enumerate(branches):
@@ -50,17 +51,24 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
             counts.append(stop - start)
             start = stop
     if len(own) == 1:
-        columns, spec = validation.check_outputs(
-            [own[0].call_reading(inputs, inputs)], counts, [own[0].label]
-        )
-        return tree.unflatten([unaliased(column[0], inputs) for column in columns], spec)
+        output = own[0].call_reading(inputs, inputs)
+        columns, spec = validation.check_outputs([output], counts, [own[0].label], device)
+        held = [*inputs, *own[0].buffers_held()]
+        return tree.unflatten([apart(column[0], held) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()
     outputs = [branch.call(rows.pop()) for branch in own]  # a branch's rows are freed once used
-    if validation.single_tensors_fit(outputs, counts):
+    if validation.single_tensors_fit(outputs, counts, device):
         return F.combine_flat(inverse, outputs, starts)
-    columns, spec = validation.check_outputs(outputs, counts, [branch.label for branch in own])
-    return tree.unflatten([F.combine_flat(inverse, column, starts) for column in columns], spec)
+    labels = [branch.label for branch in own]
+    columns, spec = validation.check_outputs(outputs, counts, labels, device)
+    combined = [
+        F.combine_flat(inverse, F.same_dtype(column), starts)
+        if isinstance(column[0], Tensor)
+        else column[0]
+        for column in columns
+    ]
+    return tree.unflatten(combined, spec)
 
 
 def _num_rows(inputs: tuple[Any, ...]) -> int:

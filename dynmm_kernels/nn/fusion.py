@@ -61,6 +61,11 @@ class RoutedFusion(Settings):
         batch_norm: str = "masked",
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm)
+        if not isinstance(branches, Iterable):
+            raise TypeError(
+                f"RoutedFusion: branches must be a sequence or a dict of modules; got "
+                f"{type(branches).__name__}"
+            )
         named: Iterable[tuple[Any, nn.Module]] = (
             branches.items()
             if isinstance(branches, (Mapping, nn.ModuleDict))
@@ -108,7 +113,10 @@ class RoutedFusion(Settings):
         else:
             made = _obey(choice, batch, len(branches), generator)
         if made.dense and made.probs is not None:
-            output, rows_run = run_everywhere(branches, batch, made.probs, soft=True)
+            uniform = choice is not None
+            output, rows_run = run_everywhere(
+                branches, batch, made.probs, soft=True, uniform=uniform
+            )
         elif self.execution == "masked" or not any(made.plan.counts):
             hard, soft = made.hard_weights(len(branches)), made.weights is not None
             several = made.plan.ranks > 1
@@ -141,12 +149,14 @@ class RoutedFusion(Settings):
     ) -> Decision:
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
         logits = call_whole(gate, batch, batch.num_rows)
-        validation.check_logits(logits, batch.num_rows, num_branches)
+        tensors = batch.tensors()
+        device = tensors[0].device if tensors else None
+        validation.check_logits(logits, batch.num_rows, num_branches, device)
         selection, dense = selection_of(self.select), self.execution == "dense"
         if self.draws:
             logits = logits + selection.noise(logits, generator)
         choice, plan = selection.decide(logits)
-        learns = self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
+        learns = self.gate_grad != "none" and F.is_followed(logits)
         if not (learns or dense or reports or self.select != 1):
             return Decision(selection, choice, plan)
         probs = selection.probs(logits, self.temperature)

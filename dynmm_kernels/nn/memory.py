@@ -8,17 +8,30 @@ from typing import Any
 from torch import Tensor
 
 
-def unaliased(output: Any, inputs: Iterable[Tensor]) -> Any:
-    """`output`, copied if it lies in an input's memory (an identity branch that got every sample).
+def unaliased(output: Any, held: Iterable[Tensor]) -> Any:
+    """`output`, copied if it lies in the memory of a tensor that somebody else holds."""
+    return output.clone() if isinstance(output, Tensor) and shares(output, held) else output
 
-    Otherwise writing into the result would write into the batch, on such batches only.
+
+def shares(tensor: Tensor, held: Iterable[Tensor]) -> bool:
+    """Whether it lies in the memory of one of the tensors `held`."""
+    memory = tensor.untyped_storage().data_ptr()
+    for other in held:
+        if other.untyped_storage().data_ptr() == memory:
+            return True
+    return False
+
+
+def apart(output: Any, held: Iterable[Tensor]) -> Any:
+    """What a module returned for the whole batch, in memory that nobody else reads.
+
+    Else writing into the result would, on such batches only, write into the batch (an identity
+    branch), into a table of the module (a parameter, a buffer, a view of one), or into what the
+    module keeps for its backward pass.
     """
-    if isinstance(output, Tensor):
-        memory = output.untyped_storage().data_ptr()
-        for tensor in inputs:
-            if tensor.untyped_storage().data_ptr() == memory:
-                return output.clone()
-    return output
+    if isinstance(output, Tensor) and (output.requires_grad or output._is_view()):
+        return output.clone()
+    return unaliased(output, held)
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

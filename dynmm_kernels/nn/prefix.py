@@ -6,6 +6,7 @@ somebody reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -15,8 +16,8 @@ from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
 from .execution import without_graph
-from .memory import unaliased
-from .stage import Cell
+from .memory import apart, shares
+from .stage import Cell, Stage
 
 
 class Prefix:
@@ -25,7 +26,8 @@ class Prefix:
     Attributes:
         reads_aux: whether any cell does.
         main: [N, ...].
-        lent: whether the caller reads `main`, too.
+        lent: outputs of stages that the caller reads, as long as `main` shares their memory.
+        seen: what a gate or a fusion has read and may keep for its backward pass.
         aux: [n, ...], the samples that still fuse; None where n is 0.
         rest: [r, ...], samples n..n+r: the exact gradient of the gate asks what fusing them would
             have given. Without a graph. None where r is 0.
@@ -35,12 +37,16 @@ class Prefix:
     def __init__(self, inputs: tuple[Tensor, Tensor], reads_aux: bool) -> None:
         self.inputs = inputs
         self.reads_aux = reads_aux
-        self.lent = False
+        self.lent: list[Tensor] = []
+        self.seen: list[Tensor] = []
         self.main = inputs[0]
         self.aux: Tensor | None = inputs[1]
         self.rest: Tensor | None = None
         self.plan: RoutingPlan | None = None
         self.starved: list[Tensor] = []
+        self.left: list[Tensor] = []  # aux, where it went on without a graph
+        self.followers: list[Stage] = []  # what has run on it since
+        self.weights: list[Tensor] = []  # from which the gate learns exactly
         self.rows_run: list[int] = [self.main.shape[0]]
 
     @property
@@ -75,6 +81,7 @@ class Prefix:
         self.main, self.aux = moved[:2]
         if follow and count < size:
             self.rest = moved[2]
+            self.left.append(aux)
         return None if probs is None else moved[-1]
 
     def narrow(self, count: int, follow: bool) -> None:
@@ -83,6 +90,7 @@ class Prefix:
         if aux is None or count == aux.shape[0]:
             return
         if follow:
+            self.left.append(aux)
             stopped = aux.detach()[count:]
             self.rest = stopped if self.rest is None else torch.cat([stopped, self.rest])
         self._go_on(aux, count)
@@ -99,6 +107,7 @@ class Prefix:
             return keep
         both = [part for part in (self.aux, self.rest) if part is not None]
         aux = both[0] if len(both) == 1 else torch.cat(both)
+        self.left.append(aux)
         if max(plan.counts) < seen:
             sources = [self.main[:seen], aux, aux.detach()]
             starts, stops = [0, 0, count], [seen, count, stop]
@@ -139,18 +148,25 @@ class Prefix:
             weights: [N, 2], of skipping and of fusing, where the gate learns from this cell.
             exact: whether weights that are 0 learn, too.
         """
-        read = [*self.inputs, self.main] if self.lent else self.inputs
-        main = cell.main.run(cell.main.spare(self.main, self.inputs), read=read)
-        del read
-        self.main, self.lent = main, False  # frees what the stage read
+        streams = [] if self.aux is None else [self.aux]
+        read, held = [*self.inputs, *self.lent], [*self.lent, *self.seen]
+        main = cell.main.run(cell.main.spare(self.main, [*self.inputs, *held, *streams]), read=read)
+        if not shares(main, self.lent):
+            self.lent = []
+        self.main = main
+        del read  # frees what the stage read
         self.rows_run.append(self.active + self.following if cell.reads else 0)
-        rest = self._follow(cell, main)
+        held = [*self.inputs, *held, main]
+        rest = self._follow(cell, main, [*held, *streams])
         if self.aux is None:
             self.starved += cell.starved()
         elif cell.reads:
-            self.aux = cell.aux.run(cell.aux.spare(self.aux, self.inputs), read=self.inputs)
+            self.aux = cell.aux.run(cell.aux.spare(self.aux, held), read=self.inputs)
+        self.seen = []
         if not cell.fuses:
             return
+        if self.aux is not None:
+            self.see(main, self.aux)
         if weights is None:
             if self.aux is not None:
                 self.main = self._fuse(cell, main, self.aux)
@@ -159,7 +175,21 @@ class Prefix:
         fused = None
         if self.aux is not None and head is not None:
             fused = cell.fuse(head, self.aux)
-        self.main = levels.fuse_prefix(head, tail, fused, rest, weights, exact)
+        hidden = None
+        if exact:
+            self.weights.append(weights)
+            hidden = self._hidden(main)
+        self.main = levels.fuse_prefix(head, tail, fused, rest, weights, exact, hidden)
+
+    def see(self, *tensors: Tensor) -> None:
+        """Notes what was read while a graph was recorded: in-place stages leave it alone."""
+        if torch.is_grad_enabled():
+            self.seen += tensors
+
+    def _hidden(self, main: Tensor) -> Callable[[], list[Tensor]]:
+        """What the rest depends on, although it has no graph."""
+        tensors, stages = [*self.left, main], [*self.followers]
+        return lambda: [*tensors, *(p for stage in stages for p in stage.parameters())]
 
     def _fuse(self, cell: Cell, main: Tensor, aux: Tensor) -> Tensor:
         """All rows of `main`, those that `aux` has fused with it."""
@@ -170,26 +200,30 @@ class Prefix:
             return cell.fuse(main, aux)
         return torch.cat([cell.fuse(head, aux), tail])
 
-    def _follow(self, cell: Cell, main: Tensor) -> Tensor | None:
+    def _follow(self, cell: Cell, main: Tensor, held: Sequence[Tensor]) -> Tensor | None:
         """What the cell would make of the rest: forward only, for its gradient is zero."""
         if self.rest is None or not cell.reads:
             return None
         with without_graph(), ExitStack() as stack:
             stack.enter_context(cell.aux.frozen_statistics())
             stack.enter_context(cell.fusion.frozen_statistics())
-            self.rest = cell.aux.run(cell.aux.spare(self.rest, self.inputs), read=self.inputs)
+            self.rest = cell.aux.run(cell.aux.spare(self.rest, held), read=self.inputs)
+            self.followers.append(cell.aux)
             if not cell.fuses:
                 return None
+            self.followers.append(cell.fusion)
             return cell.fuse(main.detach()[self.active : self.active + self.following], self.rest)
 
     def read(self) -> Tensor:
         """The main stream in sample order, in memory of its own."""
         output = self.main
-        output = unaliased(output, self.inputs) if self.plan is None else self.restore(output)
-        self.lent = True  # also where it was copied: a stage that writes there fails every time
+        output = apart(output, self.inputs) if self.plan is None else self.restore(output)
+        self.lent.append(self.main)  # also where it was copied: who writes there always fails
         wanting = [tensor for tensor in self.starved if tensor.requires_grad]
         if wanting and output.is_floating_point() and torch.is_grad_enabled():
-            output = F.touch(output, wanting)  # exact zeros, as when masked, instead of None
+            # Exact zeros, as when masked, instead of None.
+            hidden = (lambda: self.weights) if self.weights else None
+            (output,) = F.touch([output], wanting, hidden=hidden)
         return output
 
     def restore(self, slots: Tensor) -> Tensor:

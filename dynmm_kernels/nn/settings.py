@@ -39,7 +39,8 @@ class Settings(nn.Module):
         if name in _CHOICES and value not in _CHOICES[name]:
             wanted = ", ".join(map(repr, _CHOICES[name]))
             raise ValueError(f"{label}: {name} must be one of {wanted}; got {value!r}")
-        if name == "temperature" and not (isinstance(value, (int, float)) and value > 0):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "temperature" and not (number and value > 0):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
         if name == "gate":
             value = in_place_of(self._modules.get("gate"), value)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from .. import levels, validation
 from ..plan import RoutingPlan
 from .branch import Branch
 from .decisions import forced, gumbel_like, one_hot, straight_through
 from .execution import blend
-from .memory import unaliased
+from .memory import apart
 from .prefix import Prefix
 from .routing import DepthRouting
 from .settings import Settings
@@ -78,6 +79,12 @@ class StackFusion(Settings):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        for modules in (main_stages, aux_stages, fusions):
+            if not isinstance(modules, Iterable):
+                raise TypeError(
+                    f"{type(self).__name__}: main_stages, aux_stages and fusions must be sequences "
+                    f"of modules; got {type(modules).__name__}"
+                )
         self.main_stages = make_stages([*main_stages], "main stage")
         self.aux_stages = make_stages([*aux_stages], "aux stage")
         self.fusions = make_stages([*fusions], "fusion")
@@ -189,18 +196,28 @@ class StackFusion(Settings):
         the cell before it returned.
         """
         main, aux = run.inputs
+        lent: list[Tensor] = []  # outputs that the caller reads
+        seen: list[Tensor] = []  # what a gate or a fusion may keep for its backward pass
         run.rows_run = [run.num_rows]
         for k, cell in enumerate(run.cells, start=1):
             weights = weigh(k, main, aux)
-            read = (*run.inputs, main) if k - 1 in run.wanted else run.inputs
-            main = cell.main.run(cell.main.spare(main, run.inputs), read=read)
+            if torch.is_grad_enabled() and self._gate_reads(k):
+                seen += [main, aux]
+            held = [*run.inputs, *lent, *seen]
+            main = cell.main.run(cell.main.spare(main, [*held, aux]), read=[*run.inputs, *lent])
             if cell.reads:
-                aux = cell.aux.run(cell.aux.spare(aux, run.inputs), read=run.inputs)
+                aux = cell.aux.run(cell.aux.spare(aux, [*held, main]), read=run.inputs)
+            seen = [main, aux] if torch.is_grad_enabled() and cell.fuses else []
             if cell.fuses:
                 main = blend((main, cell.fuse(main, aux)), weights, soft)
             run.rows_run.append(run.num_rows if cell.reads else 0)
             if k in run.wanted:
-                run.outputs[k] = unaliased(main, run.inputs)
+                lent.append(main)
+                run.outputs[k] = apart(main, run.inputs)
+
+    def _gate_reads(self, k: int) -> bool:
+        """Whether a gate reads what cell k starts from."""
+        return False
 
     def _runs_masked(self, run: Run) -> bool:
         if self.execution == "masked" or not run.num_rows:
@@ -217,13 +234,13 @@ class StackFusion(Settings):
     ) -> Tensor:
         """Logits [n, C], with noise where that is wanted."""
         logits = gate.call_reading((main, aux), gate.select((main, aux)))
-        validation.check_logits(logits, main.shape[0], num_columns, f"{gate.name}")
+        validation.check_logits(logits, main.shape[0], num_columns, main.device, f"{gate.name}")
         if self.draws:
             return logits + gumbel_like(logits, generator)
         return logits
 
     def _learns(self, logits: Tensor) -> bool:
-        return self.gate_grad != "none" and logits.requires_grad and torch.is_grad_enabled()
+        return self.gate_grad != "none" and F.is_followed(logits)
 
     def _cells(self) -> list[Cell]:
         groups: list[list[Stage]] = [

@@ -24,9 +24,9 @@ class Stage(Branch):
         """Whether it takes fewer rows of the second tensor than of the first, and fuses those."""
         return getattr(self._modules["module"], "fuses_prefix", False)
 
-    def spare(self, tensor: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """`tensor`, or a copy if it lies in an input's memory and this stage may write there."""
-        return unaliased(tensor, inputs) if self.in_place else tensor
+    def spare(self, tensor: Tensor, held: Sequence[Tensor]) -> Tensor:
+        """`tensor`, or a copy if it lies in memory `held` by others and this stage may write."""
+        return unaliased(tensor, held) if self.in_place else tensor
 
     def run(self, *tensors: Tensor, read: Sequence[Tensor]) -> Tensor:
         """The module's output for tensors of n rows, checked to be a tensor of n rows.
@@ -41,6 +41,11 @@ class Stage(Branch):
             raise ValueError(
                 f"{self.label} must return {rows} rows, one per sample it received; got shape "
                 f"{list(output.shape)}"
+            )
+        if output.device != tensors[0].device:
+            raise ValueError(
+                f"{self.label} must return rows on {tensors[0].device}, as it received them; got "
+                f"{output.device}"
             )
         return output
 

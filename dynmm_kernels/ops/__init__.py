@@ -1,8 +1,8 @@
 """The lowest floor: schemas, their reference, and the kernels that override it."""
 
 from . import backends, schemas
-from .backends import BACKENDS, backend, compiled, compiled_cuda, kernels, why_not
-from .reference import weight_dtype
+from .backends import BACKENDS, backend, compiled, compiled_cuda, kernels, serving, using, why_not
+from .checks import weight_dtype
 
 __all__ = [
     "BACKENDS",
@@ -12,6 +12,8 @@ __all__ = [
     "compiled_cuda",
     "kernels",
     "schemas",
+    "serving",
+    "using",
     "weight_dtype",
     "why_not",
 ]

@@ -3,7 +3,8 @@
 By device: CPU tensors go to the C++ kernels; CUDA tensors to the CUDA C++ kernels, or to Triton
 where those are not built; everything else, and what is missing, to the reference.
 `DYNMM_BACKEND=<name>` or `with backend("<name>")` is an explicit request: it is honoured or
-refused, never replaced.
+refused, never replaced. A request holds for its thread; autograd differentiates on threads of its
+own, so a backward pass takes the kernels that its forward pass got from `kernels()`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import reference, schemas
 from .libraries import Compiled, load
@@ -29,8 +31,8 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 _log = logging.getLogger("dynmm_kernels")
 
 
-class Kernels(SimpleNamespace):
-    """One callable per op."""
+class Kernels:
+    """One callable per op, and `traced`, the same in a form that torch.compile can trace."""
 
     route: Callable[..., Any]
     route_argmax: Callable[..., Any]
@@ -41,6 +43,10 @@ class Kernels(SimpleNamespace):
     se_add_means: Callable[..., Any]
     se_add_dots: Callable[..., Any]
     se_add_grads: Callable[..., Any]
+
+    def __init__(self, calls: dict[str, Callable[..., Any]], traced: Kernels | None = None) -> None:
+        self.__dict__.update(calls)
+        self.traced = traced or self
 
 
 def _load_cuda() -> Compiled:
@@ -61,48 +67,63 @@ if compiled.reason:
 def _triton_kernel(op: str) -> Callable[..., Any]:
     """The Triton implementation of `op`; Triton is imported at the first call."""
 
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.triton"), op)(*arguments)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.triton"), op)(*arguments, **named)
 
     return call
 
 
-_triton = Kernels(**{op: _triton_kernel(op) for op in schemas.OPS})
+_triton = {op: _triton_kernel(op) for op in schemas.OPS}
 _has_triton = importlib.util.find_spec("triton") is not None
 if torch.version.cuda and compiled_cuda.reason and _has_triton:
     _log.info("CUDA tensors go to the Triton kernels: %s", compiled_cuda.reason)
-    for _op in schemas.OPS:
-        schemas.library.impl(_op, getattr(_triton, _op), "CUDA")
+    for _op, _call in _triton.items():
+        schemas.library.impl(_op, _call, "CUDA")
 
-_reference = Kernels(**{op: getattr(reference, op) for op in schemas.OPS})
 _overloads = {op: getattr(getattr(torch.ops, schemas.NAMESPACE), op).default for op in schemas.OPS}
-_traceable = Kernels(**_overloads)
 # Below the Python wrapper of each overload: the same dispatch, about a microsecond sooner.
-_dispatched = Kernels(**{op: getattr(call, "_op", call) for op, call in _overloads.items()})
+_dispatched = {op: getattr(call, "_op", call) for op, call in _overloads.items()}
 
 
-def _only_on(device: str) -> Kernels:
-    """The dispatched ops, which refuse tensors of another device."""
+def _guarded(
+    backend: str, serves: Callable[[str], bool], calls: dict[str, Callable[..., Any]]
+) -> dict[str, Callable[..., Any]]:
+    """`calls`, which then refuse tensors on devices that `backend` does not serve."""
 
     def guarded(op: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def on_device(first: Any, *others: Any) -> Any:
-            tensor: Tensor = first if isinstance(first, Tensor) else first[0]
-            if tensor.device.type != device:
-                raise RuntimeError(
-                    f"backend {device!r} was requested, but {op} got tensors on {tensor.device}"
-                )
-            return call(first, *others)
+        def on_device(*arguments: Any, **named: Any) -> Any:
+            for argument in (*arguments, *named.values()):
+                for tensor in argument if isinstance(argument, list | tuple) else (argument,):
+                    if isinstance(tensor, Tensor) and not serves(tensor.device.type):
+                        raise RuntimeError(
+                            f"backend {backend!r} was requested, but {op} got a tensor on "
+                            f"{tensor.device}"
+                        )
+            return call(*arguments, **named)
 
         return on_device
 
-    return Kernels(**{op: guarded(op, call) for op, call in vars(_dispatched).items()})
+    return {op: guarded(op, call) for op, call in calls.items()}
+
+
+def _compiled_on(device: str) -> Kernels:
+    calls, traced = (
+        _guarded(device, lambda of: of == device, calls) for calls in (_dispatched, _overloads)
+    )
+    return Kernels(calls, Kernels(traced))
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 _tables = {
-    "reference": _reference,
-    "cpu": _only_on("cpu"),
-    "cuda": _only_on("cuda"),
-    "triton": _triton,
+    "reference": Kernels({op: getattr(reference, op) for op in schemas.OPS}),
+    "cpu": _compiled_on("cpu"),
+    "cuda": _compiled_on("cuda"),
+    "triton": Kernels(
+        _guarded("triton", lambda of: of == "cuda" or (of == "cpu" and _interpreted()), _triton)
+    ),
 }
 
 
@@ -117,7 +138,7 @@ def why_not(name: str) -> str | None:
     if name == "triton":
         if not _has_triton:
             return "triton is not installed; pip install triton"
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if _interpreted():
             return None
         return _no_gpu() and f"{_no_gpu()}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
     return None
@@ -137,20 +158,49 @@ def _requested(name: str) -> Kernels:
     return _tables[name]
 
 
-_environment = os.environ.get("DYNMM_BACKEND", "auto")
-serving = _dispatched if _environment == "auto" else _requested(_environment)
+def _unless_requested() -> Kernels:
+    name = os.environ.get("DYNMM_BACKEND") or "auto"
+    return Kernels(_dispatched, Kernels(_overloads)) if name == "auto" else _requested(name)
+
+
+class _Thread(threading.local):
+    """What serves in a thread. torch.compile guards attributes of its own, no inherited ones."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+
+_thread = _Thread(_unless_requested())
 
 
 def kernels() -> Kernels:
-    """The ops of the backend that serves now, in a form that torch.compile can trace."""
-    if serving is not _reference and serving is not _triton and torch.compiler.is_compiling():
-        return _traceable
-    return serving
+    """The ops of the backend that serves this thread now, traceable by torch.compile."""
+    return _thread.kernels.traced if is_dynamo_compiling() else _thread.kernels
+
+
+def serving() -> Kernels:
+    """As `kernels`, but torch.compile leaves its graph for the ops of compiled kernels.
+
+    For calls whose numbers change with every batch: a graph would hold for one batch.
+    """
+    return _thread.kernels
+
+
+@contextmanager
+def using(kernels: Kernels) -> Iterator[None]:
+    """Within the block `kernels` serve this thread."""
+    before, _thread.kernels = _thread.kernels, kernels
+    try:
+        yield
+    finally:
+        _thread.kernels = before
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block every op runs on backend `name`, in all threads.
+    """Within the block every op of this thread runs on backend `name`.
+
+    As with torch.no_grad, threads that are started within the block do not inherit it.
 
     Args:
         name: "reference", "cpu", "cuda" or "triton".
@@ -160,9 +210,5 @@ def backend(name: str) -> Iterator[None]:
         RuntimeError: the backend is not available here (the message says why), or an op then gets
             tensors of another device.
     """
-    global serving
-    before, serving = serving, _requested(name)
-    try:
+    with using(_requested(name)):
         yield
-    finally:
-        serving = before

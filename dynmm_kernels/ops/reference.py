@@ -1,7 +1,7 @@
 """The reference: what every op means, in eager PyTorch, on any device. Kernels must agree with it.
 
 Movement is bit for bit; arithmetic accumulates fp16, bf16 and fp32 in fp32, fp64 in fp64, rank by
-rank in ascending order.
+rank in ascending order. What an op cannot take is refused by `checks`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import math
 import torch
 from torch import Tensor
 
+from . import checks
+from .checks import weight_dtype
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
     """selection: int [N] or [N, k] in -1..B-1, or bool [N, B] -> order, inverse, header."""
+    checks.route(selection, num_branches)
     if selection.ndim == 1:
         selection = selection.unsqueeze(1)
     if selection.dtype == torch.bool:
@@ -44,6 +48,7 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     A row without a finite maximum (nan, inf, all -inf: softmax is undefined there) is faulty.
     """
+    checks.route_argmax(logits)
     faulty = ~logits.amax(dim=1).isfinite()
     choice = logits.argmax(dim=1).masked_fill(faulty, -1)
     order, inverse, header = route(choice, logits.shape[1])
@@ -59,15 +64,23 @@ def gather_rows(
     ranks: int,
     weights: Tensor | None = None,
 ) -> list[Tensor]:
-    """out_i[s] = sources[i][e // ranks] (times weights.flat[e]), with e = order[starts[i] + s]."""
+    """out_i[s] = sources[i][e // ranks] (times weights.flat[e]), with e = order[starts[i] + s].
+
+    An e that names no row, or no weight, reads as zeros.
+    """
+    checks.gather_rows(sources, starts, stops, order, ranks, weights)
     gathered = []
     for source, start, stop in zip(sources, starts, stops, strict=True):
         entry = order[start:stop].long()
-        out = empty_rows(source, stop - start)
-        rows = _bits(source).index_select(0, entry // ranks).view(source.dtype)
+        held = (entry >= 0) & (entry < source.shape[0] * ranks)
+        if weights is not None:
+            held &= entry < weights.numel()
+        entry = torch.where(held, entry, 0)
+        rows = _rows(source, entry // ranks)
         if weights is not None:
             rows = _scaled(rows, weights.flatten()[entry])
-        gathered.append(out.copy_(rows))
+        rows = torch.where(_as_column(held, rows), _bits(rows), 0).view(source.dtype)
+        gathered.append(empty_rows(source, stop - start).copy_(rows))
     return gathered
 
 
@@ -75,6 +88,7 @@ def combine_rows(
     outputs: list[Tensor], starts: list[int], inverse: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     """out[n] = sum_j weights[n, j] * row(inverse[n, j]), zero where no output holds the slot."""
+    checks.combine_rows(outputs, starts, inverse, weights)
     pool, index = _pool(outputs, starts, inverse)
     first = outputs[0]
     out = empty_rows(first, inverse.shape[0])
@@ -91,6 +105,7 @@ def combine_rows(
 
 def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
     """dots[n, j] = <rows[n], row(inverse[n, j])> (real part), zero where there is no row."""
+    checks.row_dots(rows, outputs, starts, inverse)
     pool, index = _pool(outputs, starts, inverse)
     wide = _sum_dtype(rows.dtype)
     dots = torch.zeros(inverse.shape, dtype=weight_dtype(rows.dtype), device=rows.device)
@@ -104,6 +119,7 @@ def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Te
 
 def se_add_means(maps: Tensor) -> Tensor:
     """maps [n, C, ...] -> [n, C], the mean of each channel of each sample."""
+    checks.se_add_means(maps)
     wide = maps.to(_sum_dtype(maps.dtype))
     return _pixels(wide).mean(2).to(weight_dtype(maps.dtype))
 
@@ -113,6 +129,7 @@ def se_add(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> 
 
     main [N, C, ...]; aux [n, C, ...], n <= N; scales [n, C].
     """
+    checks.se_add(main, aux, main_scale, aux_scale)
     active, wide = aux.shape[0], _sum_dtype(main.dtype)
     out = empty_maps(main, main.shape[0])
     scaled = main[:active].to(wide) * _per_channel(main_scale, main)
@@ -123,6 +140,7 @@ def se_add(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> 
 
 def se_add_dots(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
     """[n, C] each: the inner products of the first n samples of grad with main and with aux."""
+    checks.se_add_dots(grad, main, aux)
     wide = _sum_dtype(grad.dtype)
     head = _pixels(grad[: aux.shape[0]].to(wide))
     dtype = weight_dtype(grad.dtype)
@@ -137,6 +155,7 @@ def se_add_grads(
 
     grad [N, C, ...]; scales and shifts [n, C].
     """
+    checks.se_add_grads(grad, main_scale, aux_scale, main_shift, aux_shift)
     active, wide = aux_scale.shape[0], _sum_dtype(grad.dtype)
     main, aux = empty_maps(grad, grad.shape[0]), empty_maps(grad, active)
     head = grad[:active].to(wide)
@@ -144,11 +163,6 @@ def se_add_grads(
     main[active:] = grad[active:]
     aux.copy_(head * _per_channel(aux_scale, grad) + _per_channel(aux_shift, grad))
     return main, aux
-
-
-def weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of weights and of row dots for values of `dtype`."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def empty_rows(source: Tensor, num_rows: int) -> Tensor:
@@ -209,6 +223,13 @@ def _bits(tensor: Tensor) -> Tensor:
     if tensor.dtype.itemsize not in _BITS:
         return tensor
     return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+def _rows(source: Tensor, index: Tensor) -> Tensor:
+    """The rows of `source` bit for bit; anything where it has none."""
+    if source.shape[0] == 0:
+        return source.new_zeros((index.shape[0], *source.shape[1:]))
+    return _bits(source).index_select(0, index).view(source.dtype)
 
 
 def _pool(outputs: list[Tensor], starts: list[int], inverse: Tensor) -> tuple[Tensor, Tensor]:

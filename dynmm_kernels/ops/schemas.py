@@ -7,6 +7,10 @@ Words: N rows (samples), k ranks (branches per sample), B branches. An *entry* i
 flat n*k + j. A *slot* is a place in the order sorted by branch. `header` is int32 [B + 3]: the
 B + 1 offsets of the branches' slots, the number of faulty entries, the first faulty entry or -1;
 together, because one copy brings all that the host must know.
+
+Any tensors and numbers are safe to pass: `checks` refuses what does not fit. Index tensors may
+hold anything: an entry that names no row is a row of zeros to gather_rows, as a slot that no output
+holds is to combine_rows, so that the two stay each other's transpose and no device is waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
+from .checks import weight_dtype
 
 NAMESPACE = "dynmm_kernels"
 OPS = (
@@ -47,12 +52,14 @@ for _op in OPS:
 
 @torch.library.register_fake(f"{NAMESPACE}::route", lib=library)
 def _(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    checks.route(selection, num_branches)
     num_rows, ranks = selection.shape if selection.ndim == 2 else (selection.shape[0], 1)
     return _plan_like(selection, num_rows, ranks, num_branches)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::route_argmax", lib=library)
 def _(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.route_argmax(logits)
     num_rows, num_branches = logits.shape
     choice = logits.new_empty(num_rows, dtype=torch.int64)
     return choice, *_plan_like(logits, num_rows, 1, num_branches)
@@ -67,6 +74,7 @@ def _(
     ranks: int,
     weights: Tensor | None = None,
 ) -> list[Tensor]:
+    checks.gather_rows(sources, starts, stops, order, ranks, weights)
     return [
         reference.empty_rows(source, stop - start)
         for source, start, stop in zip(sources, starts, stops, strict=True)
@@ -77,27 +85,32 @@ def _(
 def _(
     outputs: list[Tensor], starts: list[int], inverse: Tensor, weights: Tensor | None = None
 ) -> Tensor:
+    checks.combine_rows(outputs, starts, inverse, weights)
     return reference.empty_rows(outputs[0], inverse.shape[0])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::row_dots", lib=library)
 def _(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
-    return rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
+    checks.row_dots(rows, outputs, starts, inverse)
+    return rows.new_empty(inverse.shape, dtype=weight_dtype(rows.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::se_add", lib=library)
 def _(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> Tensor:
+    checks.se_add(main, aux, main_scale, aux_scale)
     return reference.empty_maps(main, main.shape[0])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::se_add_means", lib=library)
 def _(maps: Tensor) -> Tensor:
-    return maps.new_empty(maps.shape[:2], dtype=reference.weight_dtype(maps.dtype))
+    checks.se_add_means(maps)
+    return maps.new_empty(maps.shape[:2], dtype=weight_dtype(maps.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::se_add_dots", lib=library)
 def _(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
-    shape, dtype = aux.shape[:2], reference.weight_dtype(grad.dtype)
+    checks.se_add_dots(grad, main, aux)
+    shape, dtype = aux.shape[:2], weight_dtype(grad.dtype)
     return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype)
 
 
@@ -105,6 +118,7 @@ def _(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, main_scale: Tensor, aux_scale: Tensor, main_shift: Tensor, aux_shift: Tensor
 ) -> tuple[Tensor, Tensor]:
+    checks.se_add_grads(grad, main_scale, aux_scale, main_shift, aux_shift)
     active = aux_scale.shape[0]
     return reference.empty_maps(grad, grad.shape[0]), reference.empty_maps(grad, active)
 

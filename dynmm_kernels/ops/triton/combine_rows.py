@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import MOVE, SUM, tile_for
 from .launch import launch
 from .rows import (
+    NUMBERS,
     alignment,
     locate,
-    number_type,
     rows_by_slot,
     sum_type,
     table,
@@ -85,13 +85,14 @@ def sum_tile(
 def combine_rows(
     outputs: list[Tensor], starts: list[int], inverse: Tensor, weights: Tensor | None = None
 ) -> Tensor:
+    checks.combine_rows(outputs, starts, inverse, weights)
     num_rows, ranks = inverse.shape
     out = reference.empty_rows(outputs[0], num_rows)
     if out.numel() == 0:
         return out
     rows, starts, inverse = rows_by_slot(outputs, starts, inverse, out)
     moves = ranks == 1 and weights is None
-    unit = widest_unit(out, *rows) if moves else number_type(out.dtype)
+    unit = widest_unit(out, *rows) if moves else NUMBERS[out.dtype]
     units = units_in(unit, out)
     size = tile_for(MOVE if moves else SUM, units)
     programs = triton.cdiv(num_rows, size.rows) * triton.cdiv(units, size.units)
@@ -107,7 +108,7 @@ def combine_rows(
         launch(move_tile, programs, out, *lookup, inverse, to, num_rows, units, **shape)
         return out
     scale = None if weights is None else weights.contiguous()
-    wide = sum_type(out.dtype, weighted=weights is not None)
+    wide = sum_type(out.dtype)
     launch(
         sum_tile,
         programs,

@@ -1,6 +1,7 @@
 """gather_rows: out_i[s] = sources[i][e // ranks] (times weights.flat[e]), e = order[starts[i] + s].
 
-One launch per source and range. What is not weighted moves as bytes.
+One launch per source and range. What is not weighted moves as bytes. An e that names no row, or no
+weight, reads as zeros.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import MOVE, SUM, tile_for
 from .launch import launch
-from .rows import laid_out_as, number_type, stride_in, tile, units_in, widest_unit
+from .rows import NUMBERS, laid_out_as, stride_in, tile, units_in, widest_unit
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["first", "count", "rows", "entries"])
 def gather_tile(
     source,
     out,
@@ -24,20 +25,24 @@ def gather_tile(
     first,
     count,
     ranks,
+    rows,
+    entries,
     stride,
     units,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     slot, unit = tile(units, ROWS, UNITS)
-    entry = tl.load(order + first + slot, mask=slot < count, other=0)
-    inside = (slot < count)[:, None] & (unit < units)[None, :]
+    entry = tl.load(order + first + slot, mask=slot < count, other=-1)
+    held = (entry >= 0) & (entry // ranks < rows) & (entry < entries)
+    inside = (unit < units)[None, :]
     row = source + (entry // ranks).to(tl.int64) * stride
-    value = tl.load(row[:, None] + unit[None, :], mask=inside)
+    value = tl.load(row[:, None] + unit[None, :], mask=held[:, None] & inside, other=0)
     if weights is not None:
-        weight = tl.load(weights + entry, mask=slot < count)[:, None]
+        weight = tl.load(weights + entry, mask=held, other=0)[:, None]
         value = (value.to(weight.dtype) * weight).to(out.dtype.element_ty)
-    tl.store(out + (slot * units)[:, None] + unit[None, :], value, mask=inside)
+    to = out + (slot * units)[:, None] + unit[None, :]
+    tl.store(to, value, mask=(slot < count)[:, None] & inside)
 
 
 def gather_rows(
@@ -48,6 +53,7 @@ def gather_rows(
     ranks: int,
     weights: Tensor | None = None,
 ) -> list[Tensor]:
+    checks.gather_rows(sources, starts, stops, order, ranks, weights)
     order = order.contiguous()
     weights = None if weights is None else weights.contiguous()
     gathered = []
@@ -58,7 +64,7 @@ def gather_rows(
             continue
         source = laid_out_as(source, out)
         weighted = weights is not None
-        unit = number_type(source.dtype) if weighted else widest_unit(source, out)
+        unit = NUMBERS[source.dtype] if weighted else widest_unit(source, out)
         units = units_in(unit, source)
         size = tile_for(SUM if weighted else MOVE, units)
         launch(
@@ -72,6 +78,8 @@ def gather_rows(
             start,
             stop - start,
             ranks,
+            source.shape[0],
+            2**31 if weights is None else weights.numel(),
             stride_in(unit, source),
             units,
             ROWS=size.rows,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from .configs import (
     ARGMAX,
     ROUTE_BRANCHES,
@@ -166,6 +167,7 @@ def argmax_tile(
 
 
 def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    checks.route(selection, num_branches)
     selection = selection.contiguous()
     num_rows, ranks = selection.shape if selection.ndim == 2 else (selection.shape[0], 1)
     entries = num_rows * ranks
@@ -187,6 +189,7 @@ def route(selection: Tensor, num_branches: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def route_argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.route_argmax(logits)
     logits = logits.contiguous()
     num_rows, num_branches = logits.shape
     choice = logits.new_empty(num_rows, dtype=torch.int64)

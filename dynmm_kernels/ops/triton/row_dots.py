@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import DOT, tile_for
 from .launch import launch
 from .rows import (
+    NUMBERS,
     alignment,
     laid_out_as,
     locate,
-    number_type,
     rows_by_slot,
     stride_in,
     sum_type,
@@ -64,13 +64,14 @@ def dot_tile(
 
 
 def row_dots(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: Tensor) -> Tensor:
+    checks.row_dots(rows, outputs, starts, inverse)
     num_rows, ranks = inverse.shape
-    dots = rows.new_empty(inverse.shape, dtype=reference.weight_dtype(rows.dtype))
+    dots = rows.new_empty(inverse.shape, dtype=checks.weight_dtype(rows.dtype))
     if rows.numel() == 0:
         return dots.zero_()
     rows = laid_out_as(rows, reference.empty_rows(rows, 0))
     others, starts, inverse = rows_by_slot(outputs, starts, inverse, rows)
-    unit = number_type(rows.dtype)
+    unit = NUMBERS[rows.dtype]
     units = units_in(unit, rows)
     size = tile_for(DOT, units)
     launch(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import MAX_OUTPUTS
 
 UNITS = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
@@ -32,23 +32,11 @@ NUMBERS = {
 }
 
 
-def number_type(dtype: torch.dtype) -> tl.dtype:
-    """What the kernels compute with.
-
-    Raises:
-        TypeError: there is no arithmetic for `dtype`.
-    """
-    if dtype not in NUMBERS:
-        raise TypeError(f"no arithmetic for {dtype}; convert the tensors to a floating dtype")
-    return NUMBERS[dtype]
-
-
-def sum_type(dtype: torch.dtype, weighted: bool = False) -> tl.dtype:
-    """fp32 accumulates fp16, bf16, fp32 and weighted integers; fp64 itself; integers wrap."""
-    if reference.weight_dtype(dtype) == torch.float64:
+def sum_type(dtype: torch.dtype) -> tl.dtype:
+    """fp32 accumulates fp16, bf16 and fp32; fp64 itself; integers wrap."""
+    if checks.weight_dtype(dtype) == torch.float64:
         return tl.float64
-    real = dtype.is_floating_point or dtype.is_complex or weighted
-    return tl.float32 if real else tl.int64
+    return tl.float32 if dtype.is_floating_point or dtype.is_complex else tl.int64
 
 
 def laid_out_as(rows: Tensor, like: Tensor) -> Tensor:

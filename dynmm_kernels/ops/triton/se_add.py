@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import SUM, tile_for
 from .launch import launch
 from .rows import laid_out_as, tile
@@ -117,6 +117,7 @@ def launch_over_runs(kernel: Any, out: Tensor, active: int, *arguments: Any) -> 
 
 
 def se_add(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> Tensor:
+    checks.se_add(main, aux, main_scale, aux_scale)
     out = reference.empty_maps(main, main.shape[0])
     if out.numel() == 0:
         return out
@@ -130,6 +131,7 @@ def se_add(main: Tensor, aux: Tensor, main_scale: Tensor, aux_scale: Tensor) -> 
 def se_add_grads(
     grad: Tensor, main_scale: Tensor, aux_scale: Tensor, main_shift: Tensor, aux_shift: Tensor
 ) -> tuple[Tensor, Tensor]:
+    checks.se_add_grads(grad, main_scale, aux_scale, main_shift, aux_shift)
     active = main_scale.shape[0]
     main, aux = reference.empty_maps(grad, grad.shape[0]), reference.empty_maps(grad, active)
     if main.numel() == 0:

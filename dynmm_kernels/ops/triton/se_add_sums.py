@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import checks, reference
 from .configs import DOT, SPAN, SPAN_PARTS, SPAN_STEPS, tile_for
 from .launch import launch
 from .rows import laid_out_as
@@ -84,7 +84,7 @@ def sum_channels(grad: Tensor, *others: Tensor) -> list[Tensor]:
         size = tile_for(DOT, pixels)
         programs, parts = triton.cdiv(active * channels, size.rows), 1
     maps = tuple(laid_out_as(x[:active], like) for x in (grad, *others))
-    shape, dtype = (parts, active, channels), reference.weight_dtype(grad.dtype)
+    shape, dtype = (parts, active, channels), checks.weight_dtype(grad.dtype)
     sums = tuple(grad.new_empty(shape, dtype=dtype) for _ in others or maps)
     launch(
         channel_sums,
@@ -106,9 +106,11 @@ def sum_channels(grad: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def se_add_means(maps: Tensor) -> Tensor:
+    checks.se_add_means(maps)
     return sum_channels(maps)[0]
 
 
 def se_add_dots(grad: Tensor, main: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+    checks.se_add_dots(grad, main, aux)
     of_main, of_aux = sum_channels(grad[: aux.shape[0]], main, aux)
     return of_main, of_aux
