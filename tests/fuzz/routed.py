@@ -111,7 +111,7 @@ def check_routing(model: Model, routing: Any, right: Answer, recorded: bool) -> 
         counts = (rows,) * count
     else:
         require(torch.equal(routing.choice, right.choice), "choice", routing.choice, right.choice)
-        counts = tuple((right.weights.detach() != 0).sum(0).tolist())
+        counts = counts_of(right.choice, count)
         require(routing.device_counts.tolist() == list(counts), "device_counts", routing, counts)
     if right.choice is None or fusion.select in (1, "multi_hot") or model.choice is not None:
         require(routing.counts == counts, "counts", routing.counts, counts)
@@ -119,6 +119,12 @@ def check_routing(model: Model, routing: Any, right: Answer, recorded: bool) -> 
     if rows and right.choice is not None:
         require(routing.fractions == shares, "fractions", routing.fractions, shares)
     check_costs(model, routing, right, counts, recorded)
+
+
+def counts_of(choice: Tensor, num_branches: int) -> tuple[int, ...]:
+    if choice.dtype is torch.bool:
+        return tuple(choice.sum(0).tolist())
+    return tuple((choice == branch).sum().item() for branch in range(num_branches))
 
 
 def check_costs(model: Model, routing: Any, right: Answer, counts: Any, recorded: bool) -> None:
@@ -203,7 +209,7 @@ def check_gradients(model: Model) -> None:
     check_routing(model, routing, right, recorded=True)
     check_hooks(model, routing)
     for index, (mine, leaf) in enumerate(zip(got, right.leaves, strict=True)):
-        if learns(leaf):
+        if learns(leaf) and not subset_statistics(model):
             require(
                 mine.requires_grad == leaf.requires_grad, f"output {index} has a graph",
                 mine.requires_grad, leaf.requires_grad,

@@ -139,7 +139,7 @@ def draw_branch(
         {"network": 6, "in place": 1, "identity": 0.5, "batch norm": 0.7, "writes": 0.3},
     )
     one = reads_one_tensor(reads)
-    if style == "identity" and one and structure == "tensor":
+    if style == "identity" and one and structure == "tensor" and reads[0].tensor.ndim == 2:
         return Reader(nn.Identity(), reads), selector
     normed = style == "batch norm"
     network: nn.Module = Network(draw, reads, dtype, structure, batch_norm=normed)
