@@ -221,7 +221,8 @@ def check_second_order(stack: Stack) -> None:
         mine = second_derivatives(road, curved(got), tensors)
     take_gradients(tensors)
     mine = [None] * len(tensors) if mine is None else mine
-    same_gradients("second derivative", names, mine, wanted, 1e-8, none_is_zero=True)
+    tolerance = 1e-5 if stack.has_norms else 1e-8
+    same_gradients("second derivative", names, mine, wanted, tolerance, none_is_zero=True)
 
 
 def check_forward_mode(stack: Stack) -> None:
@@ -256,7 +257,7 @@ def check_autocast(stack: Stack) -> None:
     if not torch.equal(routing.choice, again.choice):
         raise Skip("near a tie")
     for index, (mine, wanted) in enumerate(zip(got, masked, strict=True)):
-        same(f"output {index}, against masked", mine, wanted, 5e-2)
+        close(f"output {index}, against masked", mine.to(wanted.dtype), wanted, 5e-2)
 
 
 RUNS: dict[str, Callable[[Stack], None]] = {
