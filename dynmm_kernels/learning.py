@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import follows_forward, gather, is_followed
+from .autograd import Function, follows_forward, gather, is_followed, on_backend_of_forward
 
 Hidden = Callable[[], Sequence[Tensor]]
 
@@ -25,7 +25,7 @@ _REFUSED = (
 )
 
 
-class CombineSelected(torch.autograd.Function):
+class CombineSelected(Function):
     """Outputs back in sample order; see `functional.combine_selected`."""
 
     @staticmethod
@@ -34,12 +34,14 @@ class CombineSelected(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         plan, starts, other_starts, index, _, ctx.hidden, probs, *rows = inputs
         ctx.plan, ctx.starts, ctx.all_starts = plan, starts, [*starts, *other_starts]
         ctx.save_for_backward(index, probs, *rows)
         ctx.save_for_forward(index, *rows)
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         index, probs, *rows = ctx.saved_tensors
         num_outputs = len(ctx.starts)
@@ -74,7 +76,7 @@ class CombineSelected(torch.autograd.Function):
         return learnt if result is None else result + learnt
 
 
-class FusePrefix(torch.autograd.Function):
+class FusePrefix(Function):
     """Rows one behind the other; see `levels.fuse_prefix`."""
 
     @staticmethod
@@ -83,6 +85,7 @@ class FusePrefix(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         index, ctx.num_parts, ctx.hidden, weights, *rows = inputs
         ctx.sizes = [part.shape[0] for part in rows]
         ctx.starts = [0, *itertools.accumulate(ctx.sizes[:-1])]
@@ -90,6 +93,7 @@ class FusePrefix(torch.autograd.Function):
         ctx.save_for_forward(index, *rows)
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         index, weights, *rows = ctx.saved_tensors
         if torch.is_grad_enabled() or follows_forward():
@@ -120,7 +124,7 @@ class FusePrefix(torch.autograd.Function):
         return result + ops.kernels().combine_rows(rows, ctx.starts, index, scale)
 
 
-class Touch(torch.autograd.Function):
+class Touch(Function):
     """The first tensors themselves, and zeros for the gradients of the others.
 
     They must be nobody else's: they stay what they are, no views, and may be written to. In forward
@@ -159,7 +163,7 @@ class Touch(torch.autograd.Function):
         return tangents[: len(tangents) - len(ctx.like)]
 
 
-class _Refuse(torch.autograd.Function):
+class _Refuse(Function):
     """Zero, in the graph of tensors with respect to which no derivative is known."""
 
     @staticmethod

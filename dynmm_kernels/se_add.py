@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import follows_forward
+from .autograd import follows_forward, on_backend_of_forward
 from .ops.reference import empty_maps
 
 Excite = Callable[[Tensor], Tensor]
@@ -67,6 +67,7 @@ class _SEAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, excite_main, excite_aux, main, aux, *parameters):
+        ctx.kernels = ops.serving()
         kernels, head = ops.kernels(), main[: aux.shape[0]]
         ctx.excite = excite_main, excite_aux
         ctx.autocast = (
@@ -86,6 +87,7 @@ class _SEAdd(torch.autograd.Function):
         return kernels.se_add(main, aux, *(scales.detach() for scales in ctx.scales))
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         if torch.is_grad_enabled() or follows_forward():
             return None, None, *_plain_grads(ctx, grad)
