@@ -32,7 +32,7 @@ def cpu_extension():
         CPU,
         sources("cpu/*.cpp") + sources("stamp.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sources("*.h") + sources("cpu/*.h"),
+        depends=sources("*.h") + sources("ops/*.h") + sources("cpu/*.h"),
         define_macros=[STABLE_ABI, STAMP],
         # No contraction to FMA: the same bits as the reference on every processor.
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
@@ -56,7 +56,7 @@ def cuda_extension():
         CUDA,
         sources("cuda/*.cu") + sources("stamp.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sources("*.h") + sources("cuda/*.h"),
+        depends=sources("*.h") + sources("ops/*.h") + sources("cuda/*.h"),
         define_macros=[STABLE_ABI, STAMP, ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-fvisibility=hidden"],
