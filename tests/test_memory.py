@@ -29,14 +29,17 @@ def as_if_out_of_place(module: nn.Sequential) -> nn.Sequential:
 
 @for_executions
 @pytest.mark.parametrize("choice", CHOICES)
-def test_layers_in_place_reach_neither_the_caller_nor_other_branches(choice, execution, call):
-    branches = [relu_first(mlp(3)) for _ in range(2)]
-    gate = choosing(choice, 2)
-    fusion = RoutedFusion(relu_first(gate), branches, execution=execution)
+@pytest.mark.parametrize("writes", [[0, 1, 2], [0], [1], [2]], ids=["all", "gate", "0", "1"])
+def test_layers_in_place_reach_nobody_else(writes, choice, execution, call):
+    """Neither the caller nor other branches."""
+    plain = [choosing(choice, 2), mlp(3), mlp(3)]
+    gate, *branches = (relu_first(m) if i in writes else m for i, m in enumerate(plain))
+    fusion = RoutedFusion(gate, branches, execution=execution)
     x = torch.randn(4, FEATURES, dtype=torch.float64)
     before = x.clone()
     output = call(fusion, x)
-    expected = [as_if_out_of_place(branch)(before) for branch in branches]
+    seen = [before.relu() if i in writes else before for i in (1, 2)]
+    expected = [branch(own) for branch, own in zip(plain[1:], seen, strict=True)]
     assert torch.equal(x, before)
     assert_close(output, torch.stack([expected[b][n] for n, b in enumerate(choice)]))
 
