@@ -725,6 +725,23 @@ def test_several_inputs(execution, choice):
     assert_masked(fusion, masked_fusion(gate, branches), [gate, *branches], inputs)
 
 
+def test_the_gate_may_read_less_than_the_branches(call):
+    gate = mlp(2, features=4)
+    branches = [nn.Bilinear(FEATURES, 4, 3).double() for _ in range(2)]
+    x, y = samples(7), samples(7, 4)
+    expected = masked_fusion(lambda x, y: gate(y), branches)(x, y)
+    fusion = RoutedFusion(Branch(gate, inputs=[1]), branches, execution="routed")
+    assert_close(call(fusion, x, y), expected)
+
+
+def test_a_scalar_is_not_per_sample(call):
+    branches = [Function(lambda x, scale, b=b: x * scale + b) for b in range(2)]
+    fusion = RoutedFusion(choosing([0, 1, 1, 0], 2), branches, execution="routed")
+    x = samples(4)
+    expected = 2 * x + torch.tensor([[0], [1], [1], [0]])
+    assert_close(call(fusion, x, torch.tensor(2.0)), expected)
+
+
 def test_only_what_a_branch_reads_is_touched():
     read, unread = samples(6), samples(6, 999)
     branches = [Branch(mlp(), inputs=["a"]), Branch(mlp(), inputs=["a"])]
