@@ -8,6 +8,7 @@ row, chosen or not, tells its weight <gradient of the output, row>.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -206,9 +207,9 @@ def _row_dots(
         held = (index >= start) & (index < start + output.shape[0])
         place = torch.where(held, index - start + count, place)
         count += output.shape[0]
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide, numel = torch.promote_types(rows.dtype, torch.float32), math.prod(rows.shape[1:])
     others = torch.cat([*outputs]).index_select(0, place.clamp(min=0).flatten())
-    others = others.unflatten(0, index.shape).flatten(2)
+    others = others.reshape(*index.shape, numel)
     others = torch.where((place >= 0).unsqueeze(2), others, 0).to(wide)
-    dots = (rows.to(wide).flatten(1).unsqueeze(1) * others.conj()).sum(2)
+    dots = (rows.to(wide).reshape(len(rows), 1, numel) * others.conj()).sum(2)
     return dots.real if dots.is_complex() else dots

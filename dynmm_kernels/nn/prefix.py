@@ -16,7 +16,7 @@ from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
 from .execution import without_graph
-from .memory import apart, shares
+from .memory import apart, depends_on, shares
 from .stage import Cell, Stage
 
 
@@ -174,7 +174,11 @@ class Prefix:
         head, tail = _split(main, self.active)
         fused = None
         if self.aux is not None and head is not None:
-            fused = cell.fuse(head, self.aux)
+            fused = (
+                cell.fuse(head, self.aux)
+                if tail is not None
+                else self._fuse_all(cell, head, self.aux)
+            )
         hidden = None
         if exact:
             self.weights.append(weights)
@@ -197,8 +201,15 @@ class Prefix:
             return cell.fuse(main, aux)
         head, tail = _split(main, self.active)
         if tail is None or head is None:
-            return cell.fuse(main, aux)
+            return self._fuse_all(cell, main, aux)
         return torch.cat([cell.fuse(head, aux), tail])
+
+    def _fuse_all(self, cell: Cell, main: Tensor, aux: Tensor) -> Tensor:
+        """Where every sample fuses, a fusion may leave the main stream without a gradient."""
+        fused = cell.fuse(main, aux)
+        if main.requires_grad and torch.is_grad_enabled() and not depends_on(fused, main):
+            self.starved.append(main)
+        return fused
 
     def _follow(self, cell: Cell, main: Tensor, held: Sequence[Tensor]) -> Tensor | None:
         """What the cell would make of the rest: forward only, for its gradient is zero."""
