@@ -176,8 +176,7 @@ def explode(module: nn.Module, mode: str, bomb: Bomb, at: int, error: type[BaseE
                 assert settings() == inside
                 raise
     except error as caught:
-        assert "the injected fault" in str(caught)
-        return True
+        return "the injected fault" in str(caught)
     finally:
         bomb.disarm()
     return False

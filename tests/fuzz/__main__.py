@@ -1,4 +1,4 @@
-"""python -m tests.fuzz --minutes 5 --seed N [--only routed,nested,...] [--cases K]; or --leaks N."""
+"""python -m tests.fuzz --minutes 5 --seed N [--only routed,nested] [--cases K], or --leaks N."""
 
 import argparse
 import sys

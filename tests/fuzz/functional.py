@@ -161,7 +161,9 @@ def by_hand(moved: Moved, outputs: list[Any], weights: Tensor | None) -> list[An
     used = [0] * moved.num_branches
     samples = []
     for n, row in enumerate(moved.table):
-        total: list[Any] = [torch.zeros_like(leaf[:1].sum(0)) if isinstance(leaf, Tensor) else leaf for leaf in like]  # fmt: skip
+        total: list[Any] = [
+            leaf.new_zeros(leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in like
+        ]
         for j, branch in enumerate(row):
             if branch < 0:
                 continue
@@ -187,9 +189,7 @@ def check_combine(moved: Moved, plan: Any) -> None:
     matrices = [draw.normal(4, 6).to(dtype).requires_grad_() for _ in range(moved.num_branches)]
     weights = None
     if draw.pick("weights", (False, True)):
-        weights = draw.normal(rows, ranks).to(
-            dtype if dtype is not torch.complex128 else torch.float64
-        )
+        weights = draw.normal(rows, ranks).to(dtype.to_real())
         weights = laid_out(weights, draw.pick("layout of the weights", LAYOUTS)).detach()
         weights.requires_grad_(draw.pick("weights learn", (True, False)))
     structure = BRANCH[draw.pick("structure", tuple(BRANCH))]
@@ -221,12 +221,9 @@ def check_combine(moved: Moved, plan: Any) -> None:
             require(mine == leaf, f"output {index}", mine, leaf)
     order = draw.pick("order of derivatives", {1: 4, 0: 2, 2: 2, 3: 1})
     if order and dtype in (torch.float64, torch.float32):
-        learners = [x, *matrices] + (
-            [weights] if weights is not None and weights.requires_grad else []
-        )
-        names = ["x", *(f"matrix {b}" for b in range(moved.num_branches)), "weights"][
-            : len(learners)
-        ]
+        learners, names = [x, *matrices], ["x", *(f"matrix {b}" for b in range(len(matrices)))]
+        if weights is not None and weights.requires_grad:
+            learners, names = [*learners, weights], [*names, "weights"]
         check_derivatives(order if dtype is torch.float64 else 1, names, learners, got, right)
 
 
@@ -246,7 +243,8 @@ def check_derivatives(
             else [None] * len(learners)
             for loss in (mine, wanted)
         ]
-        same_gradients(f"derivative {number}", names, *grads, tolerance=1e-8 if order > 1 else None, none_is_zero=True)  # fmt: skip
+        tolerance = 1e-8 if order > 1 else None
+        same_gradients(f"derivative {number}", names, *grads, tolerance, none_is_zero=True)
         mine, wanted = (
             sum((g.square().sum() for g in part if g is not None), torch.zeros(()).double())
             for part in grads

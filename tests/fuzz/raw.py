@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def draw_arguments(draw: Draw) -> tuple[str, list[Any]]:
     def floats(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return laid_out(draw.normal(*shape).to(of), layout)
 
-    sizes = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(offsets)]
     outputs = [floats(size, 4) for size in sizes]
     active = min(rows, 2)
     weights = floats(rows, ranks, of=wide) if draw.pick("weights", (False, True)) else None
@@ -125,17 +126,19 @@ def draw_arguments(draw: Draw) -> tuple[str, list[Any]]:
     )  # fmt: skip
     maps, aux = floats(rows, 3, 2), floats(active, 3, 2)
     main_scale, aux_scale = floats(rows, 3, of=wide), floats(active, 3, of=wide)
+    starts, stops = offsets[:-1], offsets[1:]
+    scales = [main_scale[:active], aux_scale]
     calls: dict[str, Callable[[], list[Any]]] = {
-        "combine_rows": lambda: [outputs, offsets[:-1], inverse, weights],
-        "gather_rows": lambda: [[floats(rows, 4)] * branches, offsets[:-1], offsets[1:], order, ranks, weights],
-        "row_dots": lambda: [floats(rows, 4), outputs, offsets[:-1], inverse],
+        "combine_rows": lambda: [outputs, starts, inverse, weights],
+        "gather_rows": lambda: [[floats(rows, 4)] * 3, starts, stops, order, ranks, weights],
+        "row_dots": lambda: [floats(rows, 4), outputs, starts, inverse],
         "route": lambda: [draw.integers(-1, branches, rows, ranks), branches],
         "route_argmax": lambda: [floats(rows, branches)],
-        "se_add": lambda: [maps, aux, main_scale[:active], aux_scale],
+        "se_add": lambda: [maps, aux, *scales],
         "se_add_means": lambda: [maps],
         "se_add_dots": lambda: [maps, floats(rows, 3, 2), aux],
-        "se_add_grads": lambda: [maps, main_scale[:active], aux_scale, main_scale[:active], aux_scale],
-    }  # fmt: skip
+        "se_add_grads": lambda: [maps, *scales, *scales],
+    }
     arguments = calls[name]()
     return name, spoilt(draw, arguments)
 

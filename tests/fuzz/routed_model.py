@@ -35,6 +35,7 @@ CONTEXTS = {
 }
 DTYPES = {torch.float64: 12, torch.float32: 1, torch.float16: 0.5, torch.bfloat16: 0.5}
 ROWS = {3: 3, 0: 1, 1: 2, 2: 2, 4: 3, 5: 3, 6: 2, 7: 2, 8: 1, 9: 1, 33: 0.2, 1025: 0.005}
+STYLES = {"network": 6, "in place": 1, "identity": 0.5, "batch norm": 0.7, "writes": 0.3}
 
 
 @dataclass
@@ -134,10 +135,7 @@ def draw_branch(
 ) -> tuple[Reader, Any]:
     """A branch for the oracle, and its selector for the library."""
     selector, reads = draw_selector(draw, f"branch {index}", arguments)
-    style = draw.pick(
-        f"branch {index}",
-        {"network": 6, "in place": 1, "identity": 0.5, "batch norm": 0.7, "writes": 0.3},
-    )
+    style = draw.pick(f"branch {index}", STYLES)
     one = reads_one_tensor(reads)
     if style == "identity" and one and structure == "tensor" and reads[0].tensor.ndim == 2:
         return Reader(nn.Identity(), reads), selector

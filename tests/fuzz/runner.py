@@ -38,8 +38,6 @@ class Failure:
                 f"{self.part}, seed {self.seed}: {headline(self.error)}",
                 f"    with {self.features}",
                 f"  repeat by  python -m tests.fuzz {case}",
-                f"  or by      from tests.fuzz import {self.part}, draw",
-                f"             {self.part}.case(draw.Draw({self.seed}, {self.keep}))",
             )
         )
 
@@ -109,7 +107,7 @@ class Runner:
         self.parts, self.stop_at = parts, stop_at
         self.tallies = {part: Tally() for part in parts}
         self.failures: list[Failure] = []
-        self.kinds: set[str] = set()
+        self.kinds: set[tuple[str, str]] = set()
 
     def run(
         self, seed: int, cases: int | None, seconds: float, keep: Sequence[str] | None = None
@@ -136,9 +134,9 @@ class Runner:
             tally.note(draw, {"skip": "skipped"}.get(outcome, outcome))
             return
         tally.note(draw, "failed")
-        if kind(error) in self.kinds:
+        if (part, kind(error)) in self.kinds:
             return
-        self.kinds.add(kind(error))
+        self.kinds.add((part, kind(error)))
         failure = (
             smaller(part, case, seed, error)
             if keep is None
@@ -163,4 +161,6 @@ class Runner:
         cases = sum(tally.cases for tally in self.tallies.values())
         seconds = sum(tally.seconds for tally in self.tallies.values())
         rate = cases / seconds if seconds else 0.0
-        print(f"{cases} cases, {len(self.failures)} mismatches, {rate:.0f} cases/s")
+        failed = sum(tally.outcomes["failed"] for tally in self.tallies.values())
+        kinds = f" of {len(self.failures)} kinds" if failed else ""
+        print(f"{cases} cases, {failed} mismatches{kinds}, {rate:.0f} cases/s")

@@ -245,6 +245,20 @@ def check_forward_mode(stack: Stack) -> None:
         close(f"tangent of output {index}", tangent, right, TOLERANCE[torch.float64])
 
 
+def check_autocast(stack: Stack) -> None:
+    """Values against masked execution, both under autocast."""
+    if stack.has_norms or isinstance(stack.depth, str) or stack.soft:
+        raise Skip("another draw, or masked execution is another thing")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, routing = stack()
+        stack.fusion.execution = "masked"
+        masked, again = stack()
+    if not torch.equal(routing.choice, again.choice):
+        raise Skip("near a tie")
+    for index, (mine, wanted) in enumerate(zip(got, masked, strict=True)):
+        same(f"output {index}, against masked", mine, wanted, 5e-2)
+
+
 RUNS: dict[str, Callable[[Stack], None]] = {
     "no_grad": check_without_graph,
     "inference": check_without_graph,
@@ -252,4 +266,5 @@ RUNS: dict[str, Callable[[Stack], None]] = {
     "checkpoint": check_checkpoint,
     "second order": check_second_order,
     "forward mode": check_forward_mode,
+    "autocast": check_autocast,
 }

@@ -21,6 +21,7 @@ CONTEXTS = {
     "checkpoint": 0.7,
     "second order": 1.5,
     "forward mode": 0.5,
+    "autocast": 0.5,
 }
 DTYPES = {torch.float64: 14, torch.float32: 1, torch.float16: 0.4, torch.bfloat16: 0.4}
 ROWS = {3: 3, 0: 0.7, 1: 2, 2: 2, 4: 3, 5: 3, 6: 2, 7: 2, 8: 1, 9: 1, 33: 0.1}
@@ -271,7 +272,7 @@ def draw_stack(draw: Draw, chained: bool) -> Stack:
     context = draw.pick("context", CONTEXTS)
     dtype = draw.pick("dtype", DTYPES)
     if context not in ("gradients", "no_grad"):
-        dtype = torch.float64
+        dtype = torch.float32 if context == "autocast" else torch.float64
     num_rows = draw.pick("rows", ROWS)
     length = draw.pick("stages", {2: 4, 1: 2, 3: 4, 4: 1})
     maps = draw.pick("streams", {"features": 2, "maps": 1}) == "maps"
