@@ -11,7 +11,7 @@ from torch import Tensor
 from . import autograd, learning, ops, tree, validation
 from .autograd import follows_forward as follows_forward
 from .autograd import is_followed as is_followed
-from .plan import RoutingPlan
+from .plan import RoutingPlan, host_copy
 
 
 def route(selection: Tensor, num_branches: int) -> RoutingPlan:
@@ -230,21 +230,22 @@ def touch(
     """The outputs, with `tensors` in their graph: these get gradients of exactly zero, not None.
 
     Args:
-        outputs: tensors that nobody else holds, none of them a view or a leaf of a graph.
+        outputs: tensors that nobody else holds, none of them a leaf of a graph.
         sparse: whose zeros are sparse; default: nobody's.
         hidden: what the zeros depend on in masked execution, where a derivative of them is refused.
     """
     sparse = [False] * len(tensors) if sparse is None else sparse
+    outputs = [output.clone() if output._is_view() else output for output in outputs]
     return learning.Touch.apply(len(outputs), sparse, hidden, *outputs, *tensors)
 
 
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """`route_argmax` as order, inverse and the header on the host, without faults."""
     _, order, inverse, header = ops.serving().route_argmax(logits)
-    header = header.tolist()
-    if header[-2]:
-        validation.check_faults(logits, header)
-    return order, inverse, header
+    host_header = header.tolist() if header.is_cpu else host_copy(header)()
+    if host_header[-2]:
+        validation.check_faults(logits, host_header)
+    return order, inverse, host_header
 
 
 def gather_flat(

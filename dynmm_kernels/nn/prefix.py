@@ -174,11 +174,7 @@ class Prefix:
         head, tail = _split(main, self.active)
         fused = None
         if self.aux is not None and head is not None:
-            fused = (
-                cell.fuse(head, self.aux)
-                if tail is not None
-                else self._fuse_all(cell, head, self.aux)
-            )
+            fused = self._fuse_head(cell, head, tail, self.aux)
         hidden = None
         if exact:
             self.weights.append(weights)
@@ -200,15 +196,15 @@ class Prefix:
         if cell.fusion.fuses_prefix:
             return cell.fuse(main, aux)
         head, tail = _split(main, self.active)
-        if tail is None or head is None:
-            return self._fuse_all(cell, main, aux)
-        return torch.cat([cell.fuse(head, aux), tail])
+        fused = self._fuse_head(cell, main if head is None else head, tail, aux)
+        return fused if tail is None or head is None else torch.cat([fused, tail])
 
-    def _fuse_all(self, cell: Cell, main: Tensor, aux: Tensor) -> Tensor:
-        """Where every sample fuses, a fusion may leave the main stream without a gradient."""
-        fused = cell.fuse(main, aux)
-        if main.requires_grad and torch.is_grad_enabled() and not depends_on(fused, main):
-            self.starved.append(main)
+    def _fuse_head(self, cell: Cell, head: Tensor, tail: Tensor | None, aux: Tensor) -> Tensor:
+        """Where all samples fuse, a fusion may leave the main stream without a gradient."""
+        fused = cell.fuse(head, aux)
+        learns = head.requires_grad and torch.is_grad_enabled()
+        if tail is None and learns and not depends_on(fused, head):
+            self.starved.append(head)
         return fused
 
     def _follow(self, cell: Cell, main: Tensor, held: Sequence[Tensor]) -> Tensor | None:
