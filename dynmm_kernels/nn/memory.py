@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ def shares(tensor: Tensor, held: Iterable[Tensor]) -> bool:
         if other.untyped_storage().data_ptr() == memory:
             return True
     return False
+
+
+def sharing(held: Iterable[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of `held` in whose memory one of the tensors still lies."""
+    return [other for other in held if shares(other, tensors)]
 
 
 def apart(output: Any, held: Iterable[Tensor]) -> Any:

@@ -16,7 +16,7 @@ from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
 from .execution import without_graph
-from .memory import apart, depends_on, shares
+from .memory import apart, depends_on, sharing
 from .stage import Cell, Stage
 
 
@@ -151,8 +151,7 @@ class Prefix:
         streams = [] if self.aux is None else [self.aux]
         read, held = [*self.inputs, *self.lent], [*self.lent, *self.seen]
         main = cell.main.run(cell.main.spare(self.main, [*self.inputs, *held, *streams]), read=read)
-        if not shares(main, self.lent):
-            self.lent = []
+        self.lent = sharing(self.lent, [main])
         self.main = main
         del read  # frees what the stage read
         self.rows_run.append(self.active + self.following if cell.reads else 0)
@@ -162,7 +161,7 @@ class Prefix:
             self.starved += cell.starved()
         elif cell.reads:
             self.aux = cell.aux.run(cell.aux.spare(self.aux, held), read=self.inputs)
-        self.seen = []
+        self.seen = sharing(self.seen, [main] if self.aux is None else [main, self.aux])
         if not cell.fuses:
             return
         if self.aux is not None:
