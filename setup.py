@@ -14,8 +14,11 @@ CPU, CUDA, INFO = (f"dynmm_kernels.{name}" for name in ("_C", "_C_cuda", "_build
 NOTES = {CPU: "build_failure.txt", CUDA: "cuda_failure.txt"}
 # One library for every torch >= 2.10: only the stable ABI of that version is used.
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")
-fingerprint = runpy.run_path(str(ROOT / "dynmm_kernels/ops/fingerprint.py"))["fingerprint"]
+marks = runpy.run_path(str(ROOT / "dynmm_kernels/ops/fingerprint.py"))
 toolkit = runpy.run_path(str(ROOT / "dynmm_kernels/ops/toolkit.py"))
+VERSION = runpy.run_path(str(ROOT / "dynmm_kernels/version.py"))["__version__"]
+SOURCES = marks["fingerprint"](ROOT / "csrc")
+STAMP = ("DYNMM_STAMP", f'"{marks["stamp"](VERSION, SOURCES)}"')
 
 
 def sources(pattern: str) -> list[str]:
@@ -27,10 +30,10 @@ def cpu_extension():
 
     return CppExtension(
         CPU,
-        sources("cpu/*.cpp"),
+        sources("cpu/*.cpp") + sources("stamp.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sources("*.h") + sources("cpu/*.h"),
-        define_macros=[STABLE_ABI],
+        depends=sources("*.h") + sources("ops/*.h") + sources("cpu/*.h"),
+        define_macros=[STABLE_ABI, STAMP],
         # No contraction to FMA: the same bits as the reference on every processor.
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
         py_limited_api=True,
@@ -51,10 +54,10 @@ def cuda_extension():
 
     return CUDAExtension(
         CUDA,
-        sources("cuda/*.cu"),
+        sources("cuda/*.cu") + sources("stamp.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sources("*.h") + sources("cuda/*.h"),
-        define_macros=[STABLE_ABI, ("USE_CUDA", None)],
+        depends=sources("*.h") + sources("ops/*.h") + sources("cuda/*.h"),
+        define_macros=[STABLE_ABI, STAMP, ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-fvisibility=hidden"],
             "nvcc": ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"],
@@ -70,11 +73,11 @@ def build_info():
 
     facts = {
         "DYNMM_TORCH_VERSION": torch.__version__,
-        "DYNMM_SOURCES": fingerprint(ROOT / "csrc"),
+        "DYNMM_SOURCES": SOURCES,
         "DYNMM_CUDA": os.environ.get("CUDA_HOME", "") if CUDA not in missing else "",
         "DYNMM_CUDA_ARCHITECTURES": os.environ.get("TORCH_CUDA_ARCH_LIST", "of the visible GPU"),
     }
-    macros = [(name, f'"{value}"') for name, value in facts.items()]
+    macros = [STAMP, *((name, f'"{value}"') for name, value in facts.items())]
     return Pybind11Extension(INFO, ["csrc/build_info.cpp"], define_macros=macros, cxx_std=17)
 
 
@@ -106,11 +109,14 @@ class BuildOrExplain(Base):  # type: ignore[misc,valid-type]
                 failed = [e for e in self.extensions if e.name == CUDA] or list(self.extensions)
                 missing.update({e.name: f"{type(error).__name__}: {error}" for e in failed})
                 self.extensions = [e for e in self.extensions if e not in failed]
+        folder = self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.inplace:
+            (folder / "sources.txt").write_text(SOURCES + "\n")
         for name, note in NOTES.items():
-            path = self.folder() / note
+            path = folder / note
             path.unlink(missing_ok=True)
             if name in missing:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(missing[name] + "\n")
         if CPU in missing:
             message = f"dynmm_kernels was installed without compiled kernels ({missing[CPU]})"

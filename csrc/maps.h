@@ -1,6 +1,8 @@
 #pragma once
 
-#include "common.h"
+#include <algorithm>
+
+#include "rows.h"
 
 namespace dynmm {
 
@@ -8,76 +10,86 @@ namespace dynmm {
 // of them does, channels last. Maps in any other layout are copied.
 class MapLayout {
  public:
-  int64_t channels, pixels;
+  int64_t channels, pixels = 1;
   bool last;
 
-  explicit MapLayout(const Tensor& t) {
-    const auto sizes = t.sizes();
-    const size_t dims = sizes.size();
-    channels = sizes[1];
-    pixels = 1;
-    for (size_t d = 2; d < dims; ++d) pixels *= sizes[d];
-    const Strides channels_first = fresh_strides(t, false), channels_last = fresh_strides(t, true);
-    const bool rank = dims == 4 || dims == 5;
-    last = rank && !agree(t, channels_first) && agree(t, channels_last);
-    strides_ = last ? channels_last : channels_first;
+  explicit MapLayout(const Operand& t) : channels(t.sizes[1]) {
+    for (size_t d = 2; d < t.dims(); ++d) pixels *= t.sizes[d];
+    const std::vector<int64_t> first = fresh_strides(t, false), behind = fresh_strides(t, true);
+    last = (t.dims() == 4 || t.dims() == 5) && !agree(t, first) && agree(t, behind);
+    strides_ = last ? behind : first;
   }
 
   int64_t numel() const { return channels * pixels; }
 
   // Uninitialised maps of `rows` samples.
-  Tensor empty(const Tensor& like, int64_t rows) const {
-    const auto sizes = like.sizes();
-    Strides shape(sizes.data(), sizes.data() + sizes.size());
-    shape[0] = rows;
-    return empty_strided(like, static_cast<int64_t>(shape.size()), shape.data(), strides_.data(),
-                         like.scalar_type());
+  Tensor empty(const Operand& like, int64_t rows) const {
+    return empty_rows(like, rows, strides_.data());
   }
 
   // Uninitialised [rows, C] of the type that sums and factors of `like` have.
-  Tensor empty_sums(const Tensor& like, int64_t rows) const {
-    const bool wide = accumulates_in_double(like.scalar_type());
-    return empty_matrix(like, rows, channels, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor empty_sums(const Operand& like, int64_t rows) const {
+    return empty_matrix(like.device, rows, channels, weight_dtype(like.dtype));
   }
 
   // `t`, or a copy, whose samples lie in this layout, at any distance from each other.
-  Tensor bring(const Tensor& t) const {
-    if (agree(t, strides_)) return t;
-    Tensor copy = empty(t, t.size(0));
-    return torch::stable::copy_(copy, t);
+  Tensor bring(const Operand& t) const {
+    if (agree(t, strides_)) return t.tensor;
+    Tensor copy = empty(t, t.rows());
+    return torch::stable::copy_(copy, t.tensor);
   }
 
  private:
-  static Strides fresh_strides(const Tensor& t, bool last) {
-    const auto sizes = t.sizes();
-    Strides strides(sizes.size(), 1);
-    int64_t step = last ? std::max<int64_t>(sizes[1], 1) : 1;
-    for (size_t d = sizes.size(); d-- > 2;) {
+  static std::vector<int64_t> fresh_strides(const Operand& t, bool last) {
+    std::vector<int64_t> strides(t.dims(), 1);
+    int64_t step = last ? std::max<int64_t>(t.sizes[1], 1) : 1;
+    for (size_t d = t.dims(); d-- > 2;) {
       strides[d] = step;
-      step *= std::max<int64_t>(sizes[d], 1);
+      step *= std::max<int64_t>(t.sizes[d], 1);
     }
     strides[1] = last ? 1 : step;
-    strides[0] = last ? step : step * std::max<int64_t>(sizes[1], 1);
+    strides[0] = last ? step : step * std::max<int64_t>(t.sizes[1], 1);
     return strides;
   }
 
   // Whether within a sample the elements lie as `strides` say.
-  static bool agree(const Tensor& t, const Strides& strides) {
-    const auto sizes = t.sizes();
-    const auto old = t.strides();
-    for (size_t d = 1; d < sizes.size(); ++d) {
-      if (sizes[d] > 1 && old[d] != strides[d]) return false;
+  static bool agree(const Operand& t, const std::vector<int64_t>& strides) {
+    for (size_t d = 1; d < t.dims(); ++d) {
+      if (t.sizes[d] > 1 && t.strides[d] != strides[d]) return false;
     }
     return true;
   }
 
-  Strides strides_;
+  std::vector<int64_t> strides_;
 };
 
-// What multiplies maps of T or is added to them, [N, C].
+// Samples `stride` elements apart, as kernels see them.
 template <class T>
-const Accumulator<T>* factors(const Tensor& contiguous) {
-  return static_cast<const Accumulator<T>*>(contiguous.const_data_ptr());
-}
+struct Maps {
+  T* base;
+  int64_t stride;
+
+  DYNMM_HOST_DEVICE T* sample(int64_t n) const { return base + n * stride; }
+};
+
+// The samples of a tensor, brought to a layout.
+struct Samples {
+  Tensor kept;
+  int64_t stride;
+  uint64_t bits;  // of the addresses at which samples begin
+
+  Samples(const Operand& t, const MapLayout& layout)
+      : Samples(layout.bring(t), t.rows(), t.element_size()) {}
+
+  Samples(const Tensor& maps, int64_t rows, int64_t element_size)
+      : kept(maps), stride(maps.stride(0)), bits(address_bits(maps.const_data_ptr())) {
+    if (rows > 1) bits |= static_cast<uint64_t>(stride * element_size);
+  }
+
+  template <class T>
+  Maps<T> maps() const {
+    return {static_cast<T*>(const_cast<void*>(kept.const_data_ptr())), stride};
+  }
+};
 
 }  // namespace dynmm

@@ -7,8 +7,7 @@ from .nn import Branch, ChainedFusion, DepthRouting, NestedFusion, RoutedFusion,
 from .ops import backend
 from .plan import RoutingPlan
 from .tree import Lazy, Shared
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Branch",
@@ -20,6 +19,7 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "Shared",
+    "__version__",
     "backend",
     "branch_costs",
     "combine",

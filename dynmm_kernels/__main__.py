@@ -45,6 +45,8 @@ def _info(as_json: bool) -> int:
     for name, status in facts["backends"].items():
         if status != "available":
             print(f"\nbackend {name!r} is not available: {status}")
+    for refused in facts["refused"]:
+        print(f"\nnot loaded: {refused}")
     if facts["build"]:
         print("\nbuild   " + ", ".join(f"{key}: {value}" for key, value in facts["build"].items()))
     return 0
@@ -61,6 +63,7 @@ def _facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ops": list(ops.schemas.OPS),
         "backends": {name: ops.why_not(name) or "available" for name in ops.BACKENDS},
+        "refused": [*ops.compiled.refused, *ops.compiled_cuda.refused],
         "build": {name: getattr(build, name) for name in names} if build else None,
     }
 

@@ -6,7 +6,9 @@ exact and run on the same kernels. Where no derivative is recorded the ops are c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +60,33 @@ def follows_forward() -> bool:
     return forward_ad._current_level >= 0
 
 
-class _GatherRows(torch.autograd.Function):
+def on_backend_of_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs on `ctx.kernels`: autograd may call from another thread, or behind a `backend` block."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        if torch.compiler.is_dynamo_compiling():
+            return backward(ctx, *grads)
+        with ops.using(ctx.kernels):
+            return backward(ctx, *grads)
+
+    return wrapper
+
+
+class Function(torch.autograd.Function):
+    """An autograd function called directly, without binding arguments to a signature.
+
+    torch does that where there is a `setup_context`; it takes longer than a small op.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class _GatherRows(Function):
     @staticmethod
     def forward(plan, index, starts, stops, weights, *sources):
         repeated = [sources[i] for i in index]
@@ -67,6 +95,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         ctx.plan, ctx.index, ctx.starts, ctx.stops, weights, *sources = inputs
         ctx.set_materialize_grads(False)
         ctx.num_sources = len(sources)
@@ -84,6 +113,7 @@ class _GatherRows(torch.autograd.Function):
             ctx.like = [(out.shape, out.dtype, out.device) for out in output]
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, *grads):
         weights, *sources = ctx.saved_tensors
         source_grads: list[Tensor | None] = []
@@ -116,13 +146,14 @@ class _GatherRows(torch.autograd.Function):
         return tuple(results)
 
 
-class _CombineRows(torch.autograd.Function):
+class _CombineRows(Function):
     @staticmethod
     def forward(plan, starts, weights, *outputs):
         return ops.kernels().combine_rows(outputs, starts, plan.inverse, weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         ctx.plan, ctx.starts, weights, *outputs = inputs
         ctx.stops = [start + out.shape[0] for start, out in zip(ctx.starts, outputs, strict=True)]
         kept = (weights, *(outputs if weights is not None else ()))
@@ -130,6 +161,7 @@ class _CombineRows(torch.autograd.Function):
         ctx.save_for_forward(*kept)
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         weights, *outputs = ctx.saved_tensors
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
@@ -156,18 +188,20 @@ class _CombineRows(torch.autograd.Function):
         return _sum(terms)
 
 
-class _RowDots(torch.autograd.Function):
+class _RowDots(Function):
     @staticmethod
     def forward(plan, starts, rows, *outputs):
         return ops.kernels().row_dots(rows, outputs, starts, plan.inverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         ctx.plan, ctx.starts, rows, *outputs = inputs
         ctx.save_for_backward(rows, *outputs)
         ctx.save_for_forward(rows, *outputs)
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         rows, *outputs = ctx.saved_tensors
         stops = [start + out.shape[0] for start, out in zip(ctx.starts, outputs, strict=True)]

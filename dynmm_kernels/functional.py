@@ -11,7 +11,7 @@ from torch import Tensor
 from . import autograd, learning, ops, tree, validation
 from .autograd import follows_forward as follows_forward
 from .autograd import is_followed as is_followed
-from .plan import RoutingPlan
+from .plan import RoutingPlan, host_copy
 
 
 def route(selection: Tensor, num_branches: int) -> RoutingPlan:
@@ -40,7 +40,7 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             # A value past int64 wraps to a negative one: out of range, but never "no branch".
             wide = selection.long()
             selection = torch.where(wide < 0, num_branches, wide)
-    order, inverse, header = ops.kernels().route(selection, num_branches)
+    order, inverse, header = ops.serving().route(selection, num_branches)
     if not selection.is_cpu:
         return RoutingPlan(order, inverse, header, num_branches, unchecked=given)
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
@@ -59,8 +59,7 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
         maximum) count as `plan.faults` and choose -1.
     """
-    validation.check_entries(logits.shape[0])
-    choice, order, inverse, header = ops.kernels().route_argmax(logits)
+    choice, order, inverse, header = ops.serving().route_argmax(logits)
     return choice, RoutingPlan(order, inverse, header, logits.shape[1])
 
 
@@ -108,7 +107,7 @@ def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
         ValueError: a tensor's dim 0 is not N, or it is on another device than the plan.
     """
     leaves, spec = tree.flatten(tensors)
-    rows, _ = tree.find_rows(leaves, "gather", plan.num_rows)
+    rows, _, _ = tree.find_rows(leaves, "gather", plan.num_rows)
     for i in rows:
         validation.check_source(leaves[i], plan)
     branches = range(plan.num_branches)
@@ -231,21 +230,22 @@ def touch(
     """The outputs, with `tensors` in their graph: these get gradients of exactly zero, not None.
 
     Args:
-        outputs: tensors that nobody else holds, none of them a view or a leaf of a graph.
+        outputs: tensors that nobody else holds, none of them a leaf of a graph.
         sparse: whose zeros are sparse; default: nobody's.
         hidden: what the zeros depend on in masked execution, where a derivative of them is refused.
     """
     sparse = [False] * len(tensors) if sparse is None else sparse
+    outputs = [output.clone() if output._is_view() else output for output in outputs]
     return learning.Touch.apply(len(outputs), sparse, hidden, *outputs, *tensors)
 
 
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """`route_argmax` as order, inverse and the header on the host, without faults."""
-    _, order, inverse, header = ops.kernels().route_argmax(logits)
-    header = header.tolist()
-    if header[-2]:
-        validation.check_faults(logits, header)
-    return order, inverse, header
+    _, order, inverse, header = ops.serving().route_argmax(logits)
+    host_header = header.tolist() if header.is_cpu else host_copy(header)()
+    if host_header[-2]:
+        validation.check_faults(logits, host_header)
+    return order, inverse, host_header
 
 
 def gather_flat(
@@ -253,7 +253,7 @@ def gather_flat(
 ) -> list[Sequence[Tensor]]:
     """For each range of slots of a top-1 order: its rows of every tensor. Records no graph."""
     size = len(tensors)
-    gather = ops.kernels().gather_rows
+    gather = ops.serving().gather_rows
     if size == 1:
         return [(rows,) for rows in gather([*tensors] * len(starts), starts, stops, order, 1)]
     starts = [start for start in starts for _ in range(size)]
@@ -264,7 +264,7 @@ def gather_flat(
 
 def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
     """Tensors of one dtype, by slots of a top-1 plan, in sample order. Records no graph."""
-    return ops.kernels().combine_rows(outputs, starts, inverse)
+    return ops.serving().combine_rows(outputs, starts, inverse)
 
 
 def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:

@@ -8,13 +8,14 @@ row, chosen or not, tells its weight <gradient of the output, row>.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import follows_forward, gather, is_followed
+from .autograd import Function, follows_forward, gather, is_followed, on_backend_of_forward
 
 Hidden = Callable[[], Sequence[Tensor]]
 
@@ -25,7 +26,7 @@ _REFUSED = (
 )
 
 
-class CombineSelected(torch.autograd.Function):
+class CombineSelected(Function):
     """Outputs back in sample order; see `functional.combine_selected`."""
 
     @staticmethod
@@ -34,12 +35,14 @@ class CombineSelected(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         plan, starts, other_starts, index, _, ctx.hidden, probs, *rows = inputs
         ctx.plan, ctx.starts, ctx.all_starts = plan, starts, [*starts, *other_starts]
         ctx.save_for_backward(index, probs, *rows)
         ctx.save_for_forward(index, *rows)
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         index, probs, *rows = ctx.saved_tensors
         num_outputs = len(ctx.starts)
@@ -74,7 +77,7 @@ class CombineSelected(torch.autograd.Function):
         return learnt if result is None else result + learnt
 
 
-class FusePrefix(torch.autograd.Function):
+class FusePrefix(Function):
     """Rows one behind the other; see `levels.fuse_prefix`."""
 
     @staticmethod
@@ -83,6 +86,7 @@ class FusePrefix(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.kernels = ops.serving()
         index, ctx.num_parts, ctx.hidden, weights, *rows = inputs
         ctx.sizes = [part.shape[0] for part in rows]
         ctx.starts = [0, *itertools.accumulate(ctx.sizes[:-1])]
@@ -90,6 +94,7 @@ class FusePrefix(torch.autograd.Function):
         ctx.save_for_forward(index, *rows)
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         index, weights, *rows = ctx.saved_tensors
         if torch.is_grad_enabled() or follows_forward():
@@ -120,7 +125,7 @@ class FusePrefix(torch.autograd.Function):
         return result + ops.kernels().combine_rows(rows, ctx.starts, index, scale)
 
 
-class Touch(torch.autograd.Function):
+class Touch(Function):
     """The first tensors themselves, and zeros for the gradients of the others.
 
     They must be nobody else's: they stay what they are, no views, and may be written to. In forward
@@ -159,7 +164,7 @@ class Touch(torch.autograd.Function):
         return tangents[: len(tangents) - len(ctx.like)]
 
 
-class _Refuse(torch.autograd.Function):
+class _Refuse(Function):
     """Zero, in the graph of tensors with respect to which no derivative is known."""
 
     @staticmethod
@@ -202,9 +207,9 @@ def _row_dots(
         held = (index >= start) & (index < start + output.shape[0])
         place = torch.where(held, index - start + count, place)
         count += output.shape[0]
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide, numel = torch.promote_types(rows.dtype, torch.float32), math.prod(rows.shape[1:])
     others = torch.cat([*outputs]).index_select(0, place.clamp(min=0).flatten())
-    others = others.unflatten(0, index.shape).flatten(2)
+    others = others.reshape(*index.shape, numel)
     others = torch.where((place >= 0).unsqueeze(2), others, 0).to(wide)
-    dots = (rows.to(wide).flatten(1).unsqueeze(1) * others.conj()).sum(2)
+    dots = (rows.to(wide).reshape(len(rows), 1, numel) * others.conj()).sum(2)
     return dots.real if dots.is_complex() else dots

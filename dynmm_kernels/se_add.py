@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import follows_forward
+from .autograd import follows_forward, on_backend_of_forward
 from .ops.reference import empty_maps
 
 Excite = Callable[[Tensor], Tensor]
@@ -67,6 +67,7 @@ class _SEAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, excite_main, excite_aux, main, aux, *parameters):
+        ctx.kernels = ops.serving()
         kernels, head = ops.kernels(), main[: aux.shape[0]]
         ctx.excite = excite_main, excite_aux
         ctx.autocast = (
@@ -86,6 +87,7 @@ class _SEAdd(torch.autograd.Function):
         return kernels.se_add(main, aux, *(scales.detach() for scales in ctx.scales))
 
     @staticmethod
+    @on_backend_of_forward
     def backward(ctx, grad):
         if torch.is_grad_enabled() or follows_forward():
             return None, None, *_plain_grads(ctx, grad)
@@ -119,9 +121,35 @@ class _SEAdd(torch.autograd.Function):
         return None, None, of_main, of_aux, *of_parameters
 
 
+class _Door(torch.autograd.Function):
+    """The tensor itself; while the door is closed, no gradient goes through."""
+
+    @staticmethod
+    def forward(ctx, tensor, door):
+        ctx.door = door
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.door.opened else None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.view_as(tangent)
+
+
+class _Doors:
+    opened = False
+
+
 def _plain_grads(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of main, aux and the parameters, with a graph of their own."""
-    main, aux, *_ = tensors = ctx.saved_tensors
+    """The gradients of main, aux and the parameters, with a graph of their own.
+
+    main may come from aux or from the parameters, which is for the outer graph to follow.
+    """
+    doors = _Doors()
+    main, aux, *parameters = ctx.saved_tensors
+    main, aux = _Door.apply(main, doors), _Door.apply(aux, doors)
     enabled, dtype = ctx.autocast
     with torch.enable_grad(), torch.autocast(main.device.type, dtype=dtype, enabled=enabled):
         scales = _plain_scales(main, aux, *ctx.excite)
@@ -132,13 +160,13 @@ def _plain_grads(ctx: Any, grad: Tensor) -> list[Tensor | None]:
                 "se_add: a second derivative is not offered where an excitation answers the same "
                 "means otherwise than before, as dropout does; use se_add without it"
             )
-    needed = [t for t, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
-    grads = iter(
-        torch.autograd.grad(
-            out, needed, grad, create_graph=torch.is_grad_enabled(), allow_unused=True
-        )
-    )
-    return [next(grads) if need else None for need in ctx.needs_input_grad[2:]]
+    wanted = ctx.needs_input_grad[2:]
+    needed = [t for t, need in zip((main, aux, *parameters), wanted, strict=True) if need]
+    create_graph = torch.is_grad_enabled()
+    grads = torch.autograd.grad(out, needed, grad, create_graph=create_graph, allow_unused=True)
+    doors.opened = True
+    given = iter(grads)
+    return [next(given) if need else None for need in wanted]
 
 
 def _plain_scales(main: Tensor, aux: Tensor, *excite: Excite) -> list[Tensor]:

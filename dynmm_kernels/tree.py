@@ -104,8 +104,8 @@ def tensors_in(leaves: list[Any]) -> list[Tensor]:
 
 def find_rows(
     leaves: list[Any], where: str, num_rows: int | None = None
-) -> tuple[list[int], int | None]:
-    """Positions of the per-sample leaves, and the number of samples N they agree on.
+) -> tuple[list[int], int | None, torch.device | None]:
+    """Positions of the per-sample leaves, the number of samples N they agree on, their device.
 
     Args:
         num_rows: N where it is known already.
@@ -143,7 +143,7 @@ def find_rows(
             rows.append(position)
         elif leaf is not None and not isinstance(leaf, (Shared, int, float, str)):
             _check_leaf(leaf, where)
-    return rows, num_rows
+    return rows, num_rows, device
 
 
 def _check_leaf(leaf: Any, where: str) -> None:

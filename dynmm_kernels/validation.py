@@ -14,6 +14,7 @@ from .plan import RoutingPlan
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_STRIDED = torch.strided
 MAX_ENTRIES = 2**31 - 1  # slots are int32
 MAX_BRANCHES = 2**20
 
@@ -73,7 +74,7 @@ def check_logits(
                 raise ValueError(
                     f"{gate} must return logits on {device}, as its inputs are; got {logits.device}"
                 )
-            if logits.layout is not torch.strided:
+            if logits.layout is not _STRIDED:
                 raise TypeError(f"{gate} must return strided logits; got {logits.layout}")
             return
     wanted = f"[{'N' if num_rows is None else num_rows}, {num_branches}]"
@@ -118,7 +119,7 @@ def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int], device: torc
     """The common case of `check_outputs`, answered without building anything."""
     dtype = inner = None
     for output, count in zip(outputs, rows):  # noqa: B905 (strict costs as much as the check)
-        if type(output) is not Tensor or output.layout is not torch.strided:
+        if type(output) is not Tensor or output.layout is not _STRIDED:
             return False
         length, *rest = output.shape or (-1,)
         if length != count or output.device != device:

@@ -1,13 +1,17 @@
 """Fixtures for every test: seeds, poisoned memory, one run per CPU backend."""
 
 import functools
+import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+os.environ["DYNMM_POISON"] = "1"  # before they load: C++ kernels fill what they allocate
 
 import dynmm_kernels
 
@@ -80,9 +84,27 @@ def seeds() -> None:
         torch.cuda.manual_seed_all(0)
 
 
+WAYS = {
+    "training": torch.enable_grad,
+    "serving": torch.no_grad,
+    "inference mode": torch.inference_mode,
+}
+
+
+@pytest.fixture(params=WAYS)
+def call(request) -> Callable[..., Any]:
+    """Calls a fusion as a training step does, and as a deployed model is: in eval, no graph."""
+
+    def call(fusion: nn.Module, *inputs: Any, **options: Any) -> Any:
+        with WAYS[request.param]():
+            return fusion.train(request.param == "training")(*inputs, **options)
+
+    return call
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Deterministic algorithms, under which ATen also fills what C++ leaves uninitialised."""
+    """Deterministic algorithms, under which torch also fills what its own `empty` gives."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -17,6 +17,8 @@ from tensors import (
     random_values,
     row_bytes,
     selection_of,
+    wider_table,
+    zero_bytes,
 )
 from torch import Tensor
 
@@ -27,6 +29,8 @@ Run = Callable[..., Any]
 
 ROWS = (0, 1, 2, 31, 32, 33, 1023, 1024, 1025, 16384, 16385, 65537)
 NUMELS = (1, 3, 8, 1024, 40_000)
+# Which outputs are combined: where the first or the last are left out, their slots hold no row.
+GIVEN = (slice(None), slice(1, None), slice(0, 1))
 # Maps [N, C, ...], and whether channels come last: no pixel, one, and more than one block's share;
 # pixels and channels in and out of step with accesses of 16 bytes.
 CONTIGUOUS_MAPS = (
@@ -106,17 +110,45 @@ def check_movement(run: Run, name: str, layout: str, dtypes=tuple(DTYPES)) -> No
         check_moves(run, "gather_rows", *arguments)
         if ranks == 1:
             gathered = reference("gather_rows", *arguments)
-            check_moves(run, "combine_rows", gathered, starts[:-1], inverse)
+            for given in GIVEN:
+                parts = gathered[given]
+                if parts:
+                    check_moves(run, "combine_rows", parts, starts[:-1][given], inverse)
+
+
+def check_entries(run: Run, dtype: torch.dtype, numel: int, ranks: int) -> None:
+    """Entries of an order that name no row, or no weight, read as rows of zeros."""
+    rows, outside = 3, (-1, -(2**31), 2**31 - 1, 3 * ranks)
+    order = torch.tensor([0, *outside, 3 * ranks - 1], dtype=torch.int32)
+    for source in (random_values((rows, numel), dtype), wider_table(random_bits((rows, 4), dtype))):
+        (got,) = run("gather_rows", [source], [0], [len(order)], order, ranks, None)
+        held = row_bytes(source)
+        zeros = [zero_bytes(source)] * len(outside)
+        assert row_bytes(got.cpu()) == [held[0], *zeros, held[-1]]
+    if not dtype.is_floating_point:
+        return
+    weights = torch.full((len(order),), 2.0, dtype=ops.weight_dtype(dtype))
+    source = random_values((4 * len(order), numel), dtype)  # rows, for which there is no weight
+    entries = torch.tensor([1, -1, len(order), 0, 2**31 - 1, len(order) - 1], dtype=torch.int32)
+    (got,) = run("gather_rows", [source], [0], [len(entries)], entries, 1, weights)
+    held = row_bytes(source * 2)
+    zero = zero_bytes(source)
+    assert row_bytes(got.cpu()) == [held[1], zero, zero, held[0], zero, held[len(order) - 1]]
 
 
 def check_sizes(run: Run, rows: int, numel: int) -> None:
-    """Two modalities in one call; rows of a few bytes, and of more than one block's share."""
+    """Two modalities in one call; rows of a few bytes, and of more than one block's share.
+
+    Once more with rows at a gap: each then begins at another alignment.
+    """
     order, inverse, header = reference("route", torch.randint(0, 3, (rows,)), 3)
     starts = header.tolist()[:4]
     sources = [random_bits((rows, numel), dtype) for dtype in (torch.float32, torch.uint8)]
-    check_moves(run, "gather_rows", sources, [0, 0], [rows, rows], order, 1)
     outputs = [random_bits((starts[b + 1] - starts[b], numel), torch.float16) for b in range(3)]
-    check_moves(run, "combine_rows", outputs, starts[:-1], inverse)
+    for arranged in (lambda tensor: tensor, wider_table):
+        given = [arranged(source) for source in sources]
+        check_moves(run, "gather_rows", given, [0, 0], [rows, rows], order, 1)
+        check_moves(run, "combine_rows", [*map(arranged, outputs)], starts[:-1], inverse)
 
 
 def check_many_outputs(run: Run, branches: int) -> None:
@@ -142,18 +174,20 @@ def check_arithmetic(run: Run, dtype: torch.dtype, numel: int) -> None:
 
     weights = torch.randn(rows, 2, dtype=ops.weight_dtype(dtype))
     source, outputs = values(rows), [values(starts[b + 1] - starts[b]) for b in range(branches)]
-    calls = {
-        "gather_rows": ([source], [0], [starts[-1]], order, 2, weights),
-        "combine_rows": (outputs, starts[:-1], inverse, weights),
-        "row_dots": (source, outputs, starts[:-1], inverse),
-    }
-    for op, arguments in calls.items():
-        got, wanted = run(op, *arguments), reference(op, *arguments)
-        if op == "gather_rows":
-            got, wanted = got[0], wanted[0]
-        eps = torch.finfo(got.dtype).eps
-        scale = float(wanted.abs().max()) * (numel**0.5 if op == "row_dots" else 1)
-        torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=4 * scale * eps)
+    calls: list[tuple[str, tuple]] = [
+        ("gather_rows", ([source], [0], [starts[-1]], order, 2, weights)),
+        ("gather_rows", ([wider_table(source)], [0], [starts[-1]], order, 2, weights)),
+    ]
+    for given in GIVEN:
+        parts = outputs[given], starts[:-1][given], inverse
+        calls += [("combine_rows", (*parts, weights)), ("row_dots", (source, *parts))]
+    tables = [*map(wider_table, outputs)], starts[:-1], inverse
+    calls += [("combine_rows", (*tables, weights)), ("row_dots", (wider_table(source), *tables))]
+    for op, arguments in calls:
+        for got, wanted in results(run, op, *arguments):
+            eps = torch.finfo(got.dtype).eps
+            scale = float(wanted.abs().max()) * (numel**0.5 if op == "row_dots" else 1)
+            torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=4 * scale * eps)
     if not dtype.is_complex:
         check_moves(run, "combine_rows", [values(starts[-1])], [0], inverse, None)
 

@@ -150,11 +150,24 @@ def assert_same(actual: Gradients, expected: Gradients, tolerance: float = 1e-10
     assert_close(actual.output, expected.output, tolerance)
     assert len(actual.all()) == len(expected.all())
     for a, e in zip(actual.all(), expected.all(), strict=True):
-        if e is None or not e.any():
-            assert a is None or not a.any()
-        else:
-            assert a is not None
-            assert relative_error(a, e) <= tolerance
+        assert (a is None) == (e is None)
+        assert e is None or relative_error(a, e) <= tolerance
+
+
+def assert_masked(
+    fusion: nn.Module, masked: Callable[..., Any], modules: Iterable[nn.Module], inputs: tuple
+) -> None:
+    """Trained and then served, `fusion` does what `masked` does."""
+    assert_same(backward(fusion, modules, inputs), backward(masked, modules, inputs))
+    assert_served(fusion, masked, inputs)
+
+
+def assert_served(fusion: nn.Module, masked: Callable[..., Any], inputs: tuple) -> None:
+    """In eval without a graph, as a deployed model is called."""
+    fusion.eval()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert_close(fusion(*inputs), masked(*inputs))
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:

@@ -103,6 +103,13 @@ def byte_slice(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
+def wider_table(tensor: Tensor) -> Tensor:
+    """A copy in a table of one column more: its rows stand at a gap that is no multiple of one."""
+    size = math.prod(tensor.shape[1:])
+    table = tensor.new_zeros(tensor.shape[0], size + 1)
+    return table[:, :size].view(tensor.shape).copy_(tensor)
+
+
 def reversed_strides(tensor: Tensor) -> Tensor:
     axes = tuple(reversed(range(tensor.dim())))
     return tensor.permute(axes).contiguous().permute(axes)
@@ -112,6 +119,7 @@ def reversed_strides(tensor: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "byte slice": byte_slice,
     "misaligned": misaligned,
+    "columns of a wider table": wider_table,
     "every other row": lambda x: torch.stack([x, x], dim=1)[:, 0],
     "every other column": lambda x: torch.stack([x, x], dim=-1)[..., 0],
     "reversed strides": reversed_strides,

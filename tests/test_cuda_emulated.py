@@ -51,6 +51,13 @@ def test_movement(run, name, layout):
     cases.check_movement(run, name, layout)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("numel", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_entries_outside(run, dtype, numel, ranks):
+    cases.check_entries(run, dtype, numel, ranks)
+
+
 @pytest.mark.parametrize("numel", cases.NUMELS)
 @pytest.mark.parametrize("rows", [1, 33])
 def test_sizes(run, rows, numel):

@@ -1,6 +1,7 @@
 """Derivatives of modules: of tensors read twice, of second order, in forward mode."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -20,7 +21,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parameters_to_vector
 
-from dynmm_kernels import Branch, ChainedFusion, NestedFusion, RoutedFusion, Shared, gather, route
+import dynmm_kernels
+from dynmm_kernels import (
+    Branch,
+    ChainedFusion,
+    NestedFusion,
+    RoutedFusion,
+    Shared,
+    combine,
+    gather,
+    ops,
+    route,
+)
 from dynmm_kernels.nn import SEAdd
 
 SPLITS = [[0, 1, 1, 0], [1, 1, 1, 1]]
@@ -349,3 +361,24 @@ def test_shared_tensors_of_a_starved_branch_get_zeros():
     fusion(torch.randn(2, FEATURES, dtype=torch.float64), Shared(table), choice=0).sum().backward()
     assert table.grad is not None
     assert not table.grad.any()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_backward_runs_on_the_backend_of_its_forward(monkeypatch, elsewhere):
+    """On a GPU autograd calls it from a thread of its own."""
+    calls = []
+    with dynmm_kernels.backend("reference"):
+        kernels = ops.kernels()
+        gather_rows = kernels.gather_rows
+        monkeypatch.setattr(kernels, "gather_rows", lambda *a: calls.append(1) or gather_rows(*a))
+        outputs = [torch.randn(n, 2, requires_grad=True) for n in (2, 1)]
+        out = combine(route(torch.tensor([0, 1, 0]), 2), outputs)
+    backward = out.sum().backward
+    if elsewhere:
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    else:
+        backward()
+    assert calls
+    assert all(output.grad.eq(1).all() for output in outputs)

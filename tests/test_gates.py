@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import FixedGate, Function, assert_close, assert_same, backward, blend, mlp, toy
+from models import FixedGate, Function, assert_close, assert_masked, blend, mlp, toy
 from torch import Tensor, nn
 
 from dynmm_kernels import (
@@ -64,10 +64,7 @@ def test_select_is_the_formula(select, mode, execution, temperature, backend):
         weights = weights_of(gate(x), select, mode, temperature)
         return blend(weights, [branch(x) for branch in branches])
 
-    modules = [gate, *branches]
-    assert_same(backward(fusion, modules, (x,)), backward(formula, modules, (x,)))
-    with torch.no_grad():
-        assert_close(fusion.eval()(x), formula(x))
+    assert_masked(fusion, formula, [gate, *branches], (x,))
 
 
 @for_selects
@@ -121,13 +118,13 @@ def test_a_closed_branch_is_never_weighted(backend):
 
 @for_selects
 @pytest.mark.parametrize("row", [0, 4])
-def test_undefined_logits_are_named(select, row, backend):
+def test_undefined_logits_are_named(select, row, call, backend):
     _, branches, x = parts()
     logits = torch.randn(N, B, dtype=torch.float64)
     logits[row, 1] = math.nan
     fusion = RoutedFusion(FixedGate(logits), branches, select=select)
     with pytest.raises(ValueError, match=rf"row {row} \(1 such rows"):
-        fusion(x)
+        call(fusion, x)
 
 
 def test_noise_draws_by_the_probabilities():
@@ -141,6 +138,15 @@ def test_noise_draws_by_the_probabilities():
     assert torch.allclose(shares, logits[0].sigmoid(), atol=0.02)
     _, routing = fusion.eval()(torch.randn(size, 2), return_routing=True)
     assert routing.fractions == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_noise_in_training_needs_no_graph(graph):
+    branches = [Function(lambda x: x * 0), Function(lambda x: x * 0 + 1)]
+    fusion = RoutedFusion(FixedGate(torch.zeros(2000, 2)), branches, noise="gumbel")
+    with torch.set_grad_enabled(graph):
+        assert 0.4 < fusion(torch.ones(2000, 1)).mean().item() < 0.6
+        assert not fusion.eval()(torch.ones(2000, 1)).any()
 
 
 @pytest.mark.parametrize("graph", [True, False])

@@ -24,6 +24,17 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def filled_memory() -> Iterator[None]:
+    """On CUDA torch then fills what `empty` gives, to C++ as well, with NaN or the largest integer.
+
+    `warn_only`, for cuBLAS and some of torch's own backward passes refuse to run otherwise.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def run(op: str, *arguments):
     """The op on GPU copies of the arguments."""
     return getattr(ops.kernels(), op)(*map(to_gpu, arguments))
@@ -137,21 +148,25 @@ def test_nested_equals_masked(backend, memory_format):
         torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-9)
 
 
-def test_one_synchronisation(monkeypatch):
+@pytest.mark.parametrize("training", [True, False])
+def test_one_synchronisation(training, monkeypatch):
     """No hidden one (torch would raise), and one wait for the counts; none for a plan in use."""
     waits = []
     wait = torch.cuda.Event.synchronize
     monkeypatch.setattr(
         torch.cuda.Event, "synchronize", lambda event: (waits.append(1), wait(event))[1]
     )
-    fusion, x = make_fusion(execution="routed"), torch.randn(64, 16).double().cuda()
+    fusion, x = make_fusion().train(training), torch.randn(64, 16).double().cuda()
     usage = Usage()
-    for step in (fusion.eval(), fusion.train()):
-        step(x)
+    with torch.set_grad_enabled(training):
+        fusion(x)
         waits.clear()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            out, routing = step(x, return_routing=True)
+            fusion(x)  # in eval the short way
+            assert len(waits) == 1
+            waits.clear()
+            out, routing = fusion(x, return_routing=True)
             assert len(waits) == 1
             dynmm_kernels.combine(routing.plan, dynmm_kernels.gather(routing.plan, x))
             assert len(waits) == 1
@@ -203,6 +218,30 @@ def test_graph_replay():
         cases.assert_same(header, wanted)
         cases.assert_same(rows, x.cpu()[order.long()])
         cases.assert_same(back, x.cpu())
+
+
+class OnCpu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cpu()
+
+
+@pytest.mark.parametrize("forced", [None, 1], ids=["gate", "all to it"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_output_on_the_cpu_is_named(backend, training, forced):
+    """No kernel is handed a pointer to host memory."""
+    fusion = make_fusion(execution="routed").train(training)
+    fusion.branches[1].module.append(OnCpu())
+    x = torch.randn(65, 16, dtype=torch.float64, device="cuda")
+    message = r"branch '1'.* on cpu.* on cuda"
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=message):
+        fusion(x, choice=forced)
+
+
+def test_weights_on_the_cpu_are_named(backend):
+    plan = route(torch.tensor([0, 1, 0], device="cuda"), 2)
+    rows = [torch.ones(n, 4, device="cuda") for n in plan.counts]
+    with pytest.raises(ValueError, match=r"on cuda.* weights are on cpu"):
+        dynmm_kernels.combine(plan, rows, torch.ones(3))
 
 
 def test_faults_are_clear_errors(backend):

@@ -1,6 +1,5 @@
 """Gradients of gather and combine: exact in fp64, to any order, accurate below, always the same."""
 
-from contextlib import suppress
 from itertools import chain
 
 import oracle
@@ -248,14 +247,14 @@ def test_branches_may_work_in_place():
 
 
 def test_outputs_changed_after_combine():
-    """The gradient of the weights needs them as they were: an error, never a wrong number."""
+    """The gradient of the weights needs them as they were."""
     plan = route(torch.tensor([0, 1, 0]), 2)
     outputs, weights = [torch.ones(n, 2) for n in plan.counts], torch.ones(3, requires_grad=True)
     result = combine(plan, outputs, weights)
     outputs[0].mul_(3)
-    with suppress(RuntimeError):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
-    assert weights.grad is None or weights.grad.tolist() == [2.0, 2.0, 2.0]
+    assert weights.grad is None
 
 
 def accuracy_case(dtype: torch.dtype, weight_dtype: torch.dtype, ranks: int):

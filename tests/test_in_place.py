@@ -12,6 +12,7 @@ from dynmm_kernels.nn import Add, SEAdd, WeightedSum
 SPLITS = [[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
 DEPTHS = [[0, 2, 1, 0], [2, 2, 2, 2], [0, 0, 0, 0], [1, 1, 1, 1]]
 EXECUTIONS = ["routed", "masked"]
+RULES = ["fuse", "skip", "fuse"]
 
 for_executions = pytest.mark.parametrize("execution", EXECUTIONS)
 for_depths = pytest.mark.parametrize("depths", DEPTHS)
@@ -76,12 +77,11 @@ CONTEXTS = [torch.no_grad, torch.inference_mode, torch.enable_grad]
 )
 def test_outputs_of_stages_stay_what_they_were(between, context, execution):
     """Also where the next main stage returns what it was given, and where a cell fuses nothing."""
-    rules = ["fuse", "skip", "fuse"]
     main = [mlp(CHANNELS, CHANNELS), between or relu_first(), relu_first()]
     aux = [mlp(CHANNELS, CHANNELS) for _ in range(3)]
     for depth in (3, 1, 0, torch.tensor([3, 1, 0])):
         chain = ChainedFusion(
-            [None] * 3, main, aux, [Add()] * 3, rules=rules, execution=execution
+            [None] * 3, main, aux, [Add()] * 3, rules=RULES, execution=execution
         ).eval()
         m, a = batch("mlp", 3)
         with context():
@@ -118,6 +118,23 @@ def test_stages_behind_a_fusion_that_keeps_what_it_read(fusion, depths, executio
     ours = loss(lambda module: module)
     torch.manual_seed(1)
     assert_same(ours, loss(out_of_place))
+
+
+@for_executions
+def test_a_stage_in_place_some_cells_behind_a_fusion_that_keeps_what_it_read(execution):
+    """What it read goes through a stage that returns its input, and a cell that fuses nothing."""
+    main = [mlp(CHANNELS, CHANNELS) for _ in range(3)]
+    fusion, last = WeightedSum().double(), relu_first()
+
+    def loss(stage):
+        aux = [mlp_first, nn.Identity(), stage]
+        chain = ChainedFusion(
+            [None] * 3, main, aux, [fusion, Add(), Add()], rules=RULES, execution=execution
+        )
+        return backward(chain, [*main, *aux, fusion], inputs)
+
+    mlp_first, inputs = mlp(CHANNELS, CHANNELS), batch("mlp", 3)
+    assert_same(loss(last), loss(out_of_place(last)))
 
 
 class Keeping(nn.Module):

@@ -306,7 +306,7 @@ def test_shared_tensors_are_not_gathered():
     shared = Shared(table)
     for part in gather(route(torch.tensor([1, 0, 1]), 2), [shared, {"x": x, "table": shared}]):
         for leaf in (part[0], part[1]["table"]):
-            assert leaf is shared or leaf is table
+            assert leaf is table
 
 
 def test_gather_of_many_leaves_in_one_call():
@@ -369,38 +369,47 @@ def rows_for(*sizes, width=2):
 
 
 REFUSED = {
-    "too few branches": (lambda: combine_three(rows_for(1, 2)), r"2.*3|3.*2"),
-    "too many branches": (lambda: combine_three(rows_for(1, 2, 0, 0)), r"4.*3|3.*4"),
-    "too few rows": (lambda: combine_three(rows_for(1, 1, 0)), r"branch.*1"),
-    "too many rows": (lambda: combine_three(rows_for(1, 2, 5)), r"branch.*2.*5"),
-    "None for rows": (lambda: combine_three([torch.zeros(1, 2), None, None]), r"branch.*1"),
+    "too few branches": (lambda: combine_three(rows_for(1, 2)), "one output per branch, 3; got 2"),
+    "too many branches": (
+        lambda: combine_three(rows_for(1, 2, 0, 0)),
+        "one output per branch, 3; got 4",
+    ),
+    "too few rows": (lambda: combine_three(rows_for(1, 1, 0)), "^branch 1: .* must have 2 rows"),
+    "too many rows": (
+        lambda: combine_three(rows_for(1, 2, 5)),
+        r"^branch 2: .* 0 rows.* got shape \[5, 2\]",
+    ),
+    "None for rows": (
+        lambda: combine_three([torch.zeros(1, 2), None, None]),
+        "branch 1 has 2 rows but no output",
+    ),
     "other row shape": (
         lambda: combine_three([torch.zeros(1, 2), torch.zeros(2, 3), None]),
-        r"branch.*1",
+        r"^branch 1: .* rows of shape \[3\]",
     ),
     "other tree": (
         lambda: combine_three([torch.zeros(1, 2), [torch.zeros(2, 2)], None]),
-        r"branch.*1",
+        "^branch 1 returns another structure",
     ),
     "other keys": (
         lambda: combine_three([{"a": torch.zeros(1, 2)}, {"b": torch.zeros(2, 2)}, None]),
-        r"branch.*1",
+        "^branch 1 returns another structure",
     ),
     "weights of other rows": (
         lambda: combine_three(rows_for(1, 2, 0), torch.ones(4)),
-        "weights",
+        r"weights must have shape .* got \[4",
     ),
     "weights of other ranks": (
         lambda: combine_three(rows_for(1, 2, 0), torch.ones(3, 2)),
-        "weights",
+        r"weights must have shape .* got \[3, 2\]",
     ),
     "flat weights for two ranks": (
         lambda: combine_three(rows_for(1, 2, 0), torch.ones(3), [[0, 1], [1, -1], [-1, -1]]),
-        "weights",
+        r"weights must have shape .* \[3, 2\]; got \[3\]",
     ),
     "integer weights": (
         lambda: combine_three(rows_for(1, 2, 0), torch.ones(3, 1, dtype=torch.int64)),
-        "weights",
+        r"weights must be floating; got torch\.int64",
     ),
 }
 
@@ -408,7 +417,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_combine_refuses(name):
     call, message = REFUSED[name]
-    with pytest.raises((ValueError, TypeError), match=f"(?is){message}"):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 

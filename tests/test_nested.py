@@ -324,16 +324,36 @@ def test_autocast(wide, mode):
     assert torch.equal(outputs[0], outputs[2])
 
 
-def with_norms():
+class NormedFusion(nn.Module):
+    """A fusion whose rows depend on each other."""
+
+    def __init__(self, fusion: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.fusion, self.norm = fusion, norm
+
+    def forward(self, main, aux):
+        return self.norm(self.fusion(main, aux))
+
+
+def with_norm(where: str):
+    """Three cells with BatchNorm in the second, and the norm."""
     main, aux, fusions = parts("mlp", 3)
-    aux[1] = nn.Sequential(aux[1], nn.BatchNorm1d(CHANNELS, dtype=torch.float64))
-    return main, aux, fusions
+    norm = nn.BatchNorm1d(CHANNELS, dtype=torch.float64)
+    if where == "aux stage":
+        aux[1] = nn.Sequential(aux[1], norm)
+    else:
+        fusions[1] = NormedFusion(fusions[1], norm)
+    return (main, aux, fusions), norm
 
 
-def test_batch_norm_runs_masked():
+for_norms = pytest.mark.parametrize("where", ["aux stage", "fusion"])
+
+
+@for_norms
+def test_batch_norm_runs_masked(where):
     depths = [0, 3, 2, 1, 2, 3]
     gate = choosing(depths, 4)
-    pieces = with_norms()
+    pieces, _ = with_norm(where)
     nested = NestedFusion(gate, *pieces)
     reference = masked_nested(gate, *copy.deepcopy(pieces))
     calls = Calls.of(pieces[1])
@@ -347,19 +367,23 @@ def test_batch_norm_runs_masked():
     assert calls.rows == [[5], [4], [2]]
 
 
-def test_batch_norm_on_subsets_records_the_own_samples_once():
-    depths = [0, 3, 2, 1, 2, 3]
-    for mode in MODES:
-        main, aux, fusions = with_norms()
-        norm = aux[1][1]
-        nested = NestedFusion(
-            choosing(depths, 4), main, aux, fusions, gate_grad=mode, batch_norm="subset"
-        )
-        inputs = batch("mlp", 6)
-        nested(*inputs)
-        assert norm.num_batches_tracked == 1
-        features = aux[1][0](aux[0](inputs[1]))[torch.tensor(depths) >= 2]
-        assert_close(norm.running_mean, 0.1 * features.mean(0).detach())
+@for_norms
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_norm_on_subsets_records_the_own_samples_once(mode, where):
+    depths = torch.tensor([0, 3, 2, 1, 2, 3])
+    (main, aux, fusions), norm = with_norm(where)
+    gate = choosing(depths.tolist(), 4)
+    nested = NestedFusion(gate, main, aux, fusions, gate_grad=mode, batch_norm="subset")
+    inputs = batch("mlp", 6)
+    nested(*inputs)
+    assert norm.num_batches_tracked == 1
+    r, a = main[0](inputs[0]), aux[0](inputs[1])
+    if where == "aux stage":
+        features = aux[1][0](a)
+    else:
+        m = torch.where(depths.unsqueeze(1) >= 1, fusions[0](r, a), r)
+        features = fusions[1].fusion(main[1](m), aux[1](a))
+    assert_close(norm.running_mean, 0.1 * features[depths >= 2].mean(0).detach())
 
 
 def test_routing():

@@ -1,5 +1,7 @@
 """route: the plan equals the oracle's, bit for bit, and bad selections are refused with reasons."""
 
+import re
+
 import pytest
 import torch
 from tensors import SELECTIONS, oracle_plan, random_selection, selection_of
@@ -206,19 +208,20 @@ def test_selection_must_be_integer_or_bool(dtype, shape):
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("rows", [0, 5])
 def test_mask_of_the_wrong_width(rows, width):
-    with pytest.raises(ValueError, match=rf"\b{width}\b.*\b3\b|\b3\b.*\b{width}\b"):
+    with pytest.raises(ValueError, match=rf"\[N, 3\]; got \[{rows}, {width}\]$"):
         route(torch.zeros(rows, width, dtype=torch.bool), 3)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 2, 2), (0, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
 def test_selection_of_the_wrong_rank(shape, dtype):
-    with pytest.raises(ValueError, match=r"dim|shape"):
+    got = re.escape(str(list(shape)))
+    with pytest.raises(ValueError, match=rf"must have shape \[N.*; got {got}$"):
         route(torch.zeros(shape, dtype=dtype), 2)
 
 
 @pytest.mark.parametrize("num_branches", [0, -1])
 @pytest.mark.parametrize("rows", [0, 4])
 def test_number_of_branches_must_be_positive(num_branches, rows):
-    with pytest.raises(ValueError, match=rf"{num_branches}\b"):
+    with pytest.raises(ValueError, match=rf"num_branches must be .*; got {num_branches}$"):
         route(torch.full((rows,), -1), num_branches)

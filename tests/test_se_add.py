@@ -109,6 +109,20 @@ def test_second_derivative(power, backend):
     assert_close(second(fusion), second(lambda m, a: eager(m, a, fusion)))
 
 
+def test_second_derivative_where_the_streams_come_from_each_other(backend):
+    """And from the parameters: one module in two places."""
+    main, _, fusion = problem((2, 4, 2, 2), 2)
+    main.requires_grad_()
+
+    def second(fuse):
+        once = fuse(main, main.tanh())
+        out = fuse(once, once.sin())
+        (grad,) = torch.autograd.grad(out.square().sum(), main, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [main, *fusion.parameters()])
+
+    assert_close(second(fusion), second(lambda m, a: eager(m, a, fusion)), 1e-10)
+
+
 def test_checkpointed_once(backend):
     """Checkpointing runs the block again once, however many SEAdds it has."""
     main, aux, fusion = problem((3, 4, 2, 2), 2)

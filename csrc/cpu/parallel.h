@@ -2,9 +2,14 @@
 
 #include <algorithm>
 
-#include "common.h"
+#include "tensors.h"
 
 namespace dynmm {
+
+// What a backend on the CPU begins with: nothing has to be made current.
+struct OnCpu {
+  explicit OnCpu(Device) {}
+};
 
 // Below this much work per thread, starting the thread costs more than it saves.
 constexpr int64_t kBytesPerThread = 64 * 1024;

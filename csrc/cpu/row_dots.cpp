@@ -1,4 +1,6 @@
-// row_dots: dots[n, j] = <rows[n], row(inverse[n, j])>, zero where there is no row.
+// row_dots on the CPU.
+#include "ops/row_dots.h"
+
 #include "cpu/slots.h"
 
 namespace dynmm {
@@ -24,42 +26,29 @@ double dot(const T* a, const T* b, int64_t numel) {
   return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
 }
 
-}  // namespace
+struct Dots : OnCpu {
+  using OnCpu::OnCpu;
 
-Tensor row_dots(const Tensor& rows, std::vector<Tensor> outputs, std::vector<int64_t> starts,
-                const Tensor& inverse) {
-  const Tensor index = as_contiguous(inverse);
-  const auto* slot = static_cast<const int32_t*>(index.const_data_ptr());
-  const int64_t num_rows = inverse.size(0), ranks = inverse.size(1);
-  const ScalarType dtype = rows.scalar_type();
-  const RowLayout layout(rows);
-  const Tensor blocks = as_blocks(rows, layout);
-  const int64_t stride = row_stride_bytes(blocks);
-  const auto* base = static_cast<const char*>(blocks.const_data_ptr());
-  const Slots slots(outputs, starts, layout);
-  const bool wide = accumulates_in_double(dtype);
-  const Tensor dots =
-      empty_matrix(rows, num_rows, ranks, wide ? ScalarType::Double : ScalarType::Float);
-  visit_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  template <class T, class A = Accumulator<T>>
+  void dots(const Slots& slots, const Blocks& rows, const int32_t* inverse, int64_t num_rows,
+            int64_t ranks, int64_t numel, const Tensor& dots) const {
     auto* out = static_cast<A*>(dots.mutable_data_ptr());
-    const int64_t numel = layout.numel * reals_per_element(dtype);
-    parallel_rows(num_rows, layout.bytes * ranks, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = numel * static_cast<int64_t>(sizeof(T));
+    parallel_rows(num_rows, bytes * ranks, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        const auto* row = reinterpret_cast<const T*>(base + n * stride);
-        for (int64_t j = 0; j < ranks; ++j) {
-          const auto* other = reinterpret_cast<const T*>(slots.row(slot[n * ranks + j]));
-          out[n * ranks + j] = other == nullptr ? A{0} : static_cast<A>(dot(row, other, numel));
+        const auto* row = reinterpret_cast<const T*>(rows.base + n * rows.stride);
+        for (int64_t e = n * ranks; e < (n + 1) * ranks; ++e) {
+          const auto* other = reinterpret_cast<const T*>(row_of(slots, inverse[e]));
+          out[e] = other == nullptr ? A{0} : static_cast<A>(dot(row, other, numel));
         }
       }
     });
-  });
-  return dots;
-}
+  }
+};
 
+}  // namespace
 }  // namespace dynmm
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
-  m.impl("row_dots", TORCH_BOX(&dynmm::row_dots));
+  m.impl("row_dots", TORCH_BOX(&dynmm::row_dots<dynmm::Dots>));
 }

@@ -3,11 +3,11 @@
 //
 // A run is what lies together: the pixels of a channel, or with channels last the channels of a
 // pixel. Short sums go to a double in an order that never changes.
+#include "ops/se_add.h"
+
 #include <cstring>
-#include <tuple>
 
 #include "cpu/parallel.h"
-#include "maps.h"
 
 namespace dynmm {
 namespace {
@@ -15,21 +15,6 @@ namespace {
 constexpr int64_t kSpan = 256;  // channels that one thread sums at a time where they come last
 constexpr int64_t kShort = 16;  // terms added up before they go to a double
 constexpr int64_t kLanes = 16;
-
-// The samples of `t`, brought to `layout`.
-template <class T>
-struct Samples {
-  Tensor kept;
-  T* base;
-  int64_t stride;
-
-  Samples(const Tensor& t, const MapLayout& layout)
-      : kept(layout.bring(t)),
-        base(static_cast<T*>(const_cast<void*>(kept.const_data_ptr()))),
-        stride(kept.stride(0)) {}
-
-  T* sample(int64_t n) const { return base + n * stride; }
-};
 
 // Calls run(n, offset, factor, size): `size` elements of sample n from `offset` on; the factors of
 // element i are at factor + i * kStep, kStep being 1 where channels come last, else 0.
@@ -61,14 +46,19 @@ void scale_and_shift(const T* grad, const A* scale, const A* shift, int64_t size
 }
 
 template <class T>
-void copy_samples(const Samples<T>& from, int64_t begin, int64_t end, int64_t numel,
-                  const Samples<T>& to) {
+void copy_samples(const Maps<T>& from, int64_t begin, int64_t end, int64_t numel,
+                  const Maps<T>& to) {
   const int64_t bytes = numel * static_cast<int64_t>(sizeof(T));
   parallel_rows(end - begin, bytes, [&](int64_t first, int64_t stop) {
     for (int64_t n = begin + first; n < begin + stop; ++n) {
       std::memcpy(to.sample(n), from.sample(n), static_cast<size_t>(bytes));
     }
   });
+}
+
+template <class T>
+Maps<T> fresh_maps(const MapLayout& layout, const Tensor& t) {
+  return {static_cast<T*>(t.mutable_data_ptr()), layout.numel()};
 }
 
 // Four terms at a time: the compiler then keeps up with memory.
@@ -136,18 +126,15 @@ void sum_channels(const MapLayout& layout, int64_t rows, double scale, const F& 
   });
 }
 
-}  // namespace
+struct SeAdd : OnCpu {
+  using OnCpu::OnCpu;
 
-Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
-              const Tensor& aux_scale) {
-  const MapLayout layout(main);
-  const int64_t rows = main.size(0), active = aux.size(0);
-  const Tensor out = layout.empty(main, rows);
-  const Tensor of_main = as_contiguous(main_scale), of_aux = as_contiguous(aux_scale);
-  visit_floating(main.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const Samples<T> m(main, layout), a(aux, layout), to(out, layout);
-    const auto *s = factors<T>(of_main), *t = factors<T>(of_aux);
+  template <class T, class A = Accumulator<T>>
+  void add(const MapLayout& layout, const Samples& main, const Samples& aux,
+           const Tensor& main_scale, const Tensor& aux_scale, int64_t rows, int64_t active,
+           const Tensor& out) const {
+    const Maps<T> m = main.maps<T>(), a = aux.maps<T>(), to = fresh_maps<T>(layout, out);
+    const auto *s = data_of<A>(main_scale), *t = data_of<A>(aux_scale);
     for_runs<T>(layout, active, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
       const T *x = m.sample(n) + offset, *y = a.sample(n) + offset;
       T* z = to.sample(n) + offset;
@@ -158,81 +145,62 @@ Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
       }
     });
     copy_samples(m, active, rows, layout.numel(), to);
-  });
-  return out;
-}
+  }
 
-Tensor se_add_means(const Tensor& maps) {
-  const MapLayout layout(maps);
-  const int64_t rows = maps.size(0);
-  const Tensor means = layout.empty_sums(maps, rows);
-  visit_floating(maps.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = Accumulator<T>;
-    const Samples<T> m(maps, layout);
-    const auto values = [&m](int64_t n, int64_t offset) {
+  template <class T, class A = Accumulator<T>>
+  void means(const MapLayout& layout, const Samples& maps, int64_t rows, const Tensor& out) const {
+    const auto values = [m = maps.maps<T>()](int64_t n, int64_t offset) {
       return [x = m.sample(n) + offset](int64_t i) { return static_cast<A>(x[i]); };
     };
     sum_channels<T, A>(layout, rows, 1.0 / static_cast<double>(layout.pixels), values,
-                       static_cast<A*>(means.mutable_data_ptr()));
-  });
-  return means;
-}
+                       static_cast<A*>(out.mutable_data_ptr()));
+  }
 
-std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, const Tensor& aux) {
-  const MapLayout layout(grad);
-  const int64_t active = aux.size(0);
-  const Tensor of_main = layout.empty_sums(grad, active), of_aux = layout.empty_sums(grad, active);
-  visit_floating(grad.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = Accumulator<T>;
-    const Samples<T> g(grad, layout), m(main, layout), a(aux, layout);
-    const auto product = [&g](const Samples<T>& other) {
-      return [&g, &other](int64_t n, int64_t offset) {
+  template <class T, class A = Accumulator<T>>
+  void dots(const MapLayout& layout, const Samples& grad, const Samples& main, const Samples& aux,
+            int64_t active, const Tensor& with_main, const Tensor& with_aux) const {
+    const auto product = [g = grad.maps<T>()](const Maps<T>& other) {
+      return [g, other](int64_t n, int64_t offset) {
         return [x = g.sample(n) + offset, y = other.sample(n) + offset](int64_t i) {
           return static_cast<A>(x[i]) * static_cast<A>(y[i]);
         };
       };
     };
-    sum_channels<T, A>(layout, active, 1.0, product(m),
-                       static_cast<A*>(of_main.mutable_data_ptr()));
-    sum_channels<T, A>(layout, active, 1.0, product(a), static_cast<A*>(of_aux.mutable_data_ptr()));
-  });
-  return {of_main, of_aux};
-}
+    sum_channels<T, A>(layout, active, 1.0, product(main.maps<T>()),
+                       static_cast<A*>(with_main.mutable_data_ptr()));
+    sum_channels<T, A>(layout, active, 1.0, product(aux.maps<T>()),
+                       static_cast<A*>(with_aux.mutable_data_ptr()));
+  }
 
-std::tuple<Tensor, Tensor> se_add_grads(const Tensor& grad, const Tensor& main_scale,
-                                        const Tensor& aux_scale, const Tensor& main_shift,
-                                        const Tensor& aux_shift) {
-  const MapLayout layout(grad);
-  const int64_t rows = grad.size(0), active = main_scale.size(0);
-  const Tensor main = layout.empty(grad, rows), aux = layout.empty(grad, active);
-  const Tensor s = as_contiguous(main_scale), t = as_contiguous(aux_scale);
-  const Tensor u = as_contiguous(main_shift), v = as_contiguous(aux_shift);
-  visit_floating(grad.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const Samples<T> g(grad, layout), to_main(main, layout), to_aux(aux, layout);
+  template <class T, class A = Accumulator<T>>
+  void grads(const MapLayout& layout, const Samples& grad, const Tensor& main_scale,
+             const Tensor& aux_scale, const Tensor& main_shift, const Tensor& aux_shift,
+             int64_t rows, int64_t active, const Tensor& main, const Tensor& aux) const {
+    const Maps<T> g = grad.maps<T>();
+    const Maps<T> to_main = fresh_maps<T>(layout, main), to_aux = fresh_maps<T>(layout, aux);
+    const auto *s = data_of<A>(main_scale), *t = data_of<A>(aux_scale);
+    const auto *u = data_of<A>(main_shift), *v = data_of<A>(aux_shift);
     for_runs<T>(layout, active, [&](int64_t n, int64_t offset, int64_t at, int64_t size) {
       const T* x = g.sample(n) + offset;
       T *y = to_main.sample(n) + offset, *z = to_aux.sample(n) + offset;
       if (layout.last) {
-        scale_and_shift<1>(x, factors<T>(s) + at, factors<T>(u) + at, size, y);
-        scale_and_shift<1>(x, factors<T>(t) + at, factors<T>(v) + at, size, z);
+        scale_and_shift<1>(x, s + at, u + at, size, y);
+        scale_and_shift<1>(x, t + at, v + at, size, z);
       } else {
-        scale_and_shift<0>(x, factors<T>(s) + at, factors<T>(u) + at, size, y);
-        scale_and_shift<0>(x, factors<T>(t) + at, factors<T>(v) + at, size, z);
+        scale_and_shift<0>(x, s + at, u + at, size, y);
+        scale_and_shift<0>(x, t + at, v + at, size, z);
       }
     });
     copy_samples(g, active, rows, layout.numel(), to_main);
-  });
-  return {main, aux};
-}
+  }
+};
 
+}  // namespace
 }  // namespace dynmm
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
-  m.impl("se_add", TORCH_BOX(&dynmm::se_add));
-  m.impl("se_add_means", TORCH_BOX(&dynmm::se_add_means));
-  m.impl("se_add_dots", TORCH_BOX(&dynmm::se_add_dots));
-  m.impl("se_add_grads", TORCH_BOX(&dynmm::se_add_grads));
+  m.impl("se_add", TORCH_BOX(&dynmm::se_add<dynmm::SeAdd>));
+  m.impl("se_add_means", TORCH_BOX(&dynmm::se_add_means<dynmm::SeAdd>));
+  m.impl("se_add_dots", TORCH_BOX(&dynmm::se_add_dots<dynmm::SeAdd>));
+  m.impl("se_add_grads", TORCH_BOX(&dynmm::se_add_grads<dynmm::SeAdd>));
 }

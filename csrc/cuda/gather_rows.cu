@@ -1,14 +1,11 @@
-// gather_rows: out_i[s] = sources[i][order[starts[i] + s] / ranks], many tensors in one launch.
+// gather_rows on a GPU: many tensors in one launch.
 #include "cuda/launch.h"
+#include "ops/gather_rows.h"
 
 namespace dynmm {
 namespace {
 
-struct Move {
-  const char* from;
-  char* to;
-  const int32_t* entries;
-  int64_t rows, from_stride, bytes;
+struct TiledMove : Move {
   int64_t first_block;
   Tiling tiling;
   int width;  // bytes per access
@@ -17,20 +14,21 @@ struct Move {
 constexpr int kMostMoves = 30;  // 3 KB of kernel parameters
 
 struct Moves {
-  Move move[kMostMoves];
+  TiledMove move[kMostMoves];
   int count;
-  int ranks;
+  uint32_t ranks;
 };
 
-__device__ const Move& move_of(const Moves& moves) {
+__device__ const TiledMove& move_of(const Moves& moves) {
   int i = 0;
   while (i + 1 < moves.count && moves.move[i + 1].first_block <= blockIdx.x) ++i;
   return moves.move[i];
 }
 
-// All loads of a thread are issued before its first store.
+// All loads of a thread are issued before its first store. convert(value, entry): entry -1 where
+// there is no row, and the value is zero.
 template <class T, class Convert>
-__device__ void move_tile(const Move& move, int ranks, const Convert& convert) {
+__device__ void move_tile(const TiledMove& move, uint32_t ranks, const Convert& convert) {
   T value[kUnroll];
   int32_t entry[kUnroll];
   int64_t row, unit;
@@ -38,9 +36,12 @@ __device__ void move_tile(const Move& move, int ranks, const Convert& convert) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     if (!locate(move.tiling, block, threadIdx.x + i * kThreads, move.rows, &row, &unit)) continue;
-    entry[i] = move.entries[row];
-    const int64_t source = ranks == 1 ? entry[i] : entry[i] / ranks;
-    value[i] = reinterpret_cast<const T*>(move.from + source * move.from_stride)[unit];
+    const auto found = static_cast<uint32_t>(move.entries[row]);
+    const int64_t source = ranks == 1 ? found : found / ranks;
+    entry[i] = found < move.limit ? static_cast<int32_t>(found) : -1;
+    value[i] = found < move.limit
+                   ? reinterpret_cast<const T*>(move.from + source * move.from_stride)[unit]
+                   : T{};
   }
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
@@ -50,7 +51,7 @@ __device__ void move_tile(const Move& move, int ranks, const Convert& convert) {
 }
 
 __global__ void __launch_bounds__(kThreads) gather_bytes(const __grid_constant__ Moves moves) {
-  const Move& move = move_of(moves);
+  const TiledMove& move = move_of(moves);
   const auto same = [](const auto& value, int32_t) { return value; };
   switch (move.width) {
     case 16:
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   move_tile<Unit<T, kValues>>(
       move_of(moves), moves.ranks, [weights](const Unit<T, kValues>& value, int32_t entry) {
-        const A weight = weights[entry];
+        const A weight = entry < 0 ? A{0} : weights[entry];
         Unit<T, kValues> scaled;
 #pragma unroll
         for (int v = 0; v < kValues; ++v) {
@@ -85,25 +86,24 @@ __global__ void __launch_bounds__(kThreads)
 // Collects moves and launches when the table is full.
 class Launcher {
  public:
-  Launcher(int64_t ranks, cudaStream_t stream) : stream_(stream) {
-    moves_.ranks = static_cast<int>(ranks);
+  explicit Launcher(uint32_t ranks) {
+    moves_.ranks = ranks;
     moves_.count = 0;
   }
 
   // launch(grid, moves) is called with at least one block of work.
   template <class F>
-  void add(Move move, const F& launch) {
+  void add(const Move& move, int width, const F& launch) {
     if (move.rows == 0 || move.bytes == 0) return;
-    move.tiling = Tiling(move.rows, move.bytes / move.width);
-    move.first_block = blocks_;
-    moves_.move[moves_.count++] = move;
-    blocks_ += move.tiling.blocks;
+    const Tiling tiling(move.rows, move.bytes / width);
+    moves_.move[moves_.count++] = {move, blocks_, tiling, width};
+    blocks_ += tiling.blocks;
     if (moves_.count == kMostMoves) flush(launch);
   }
 
   template <class F>
   void flush(const F& launch) {
-    if (moves_.count > 0) launch(static_cast<unsigned>(blocks_), moves_, stream_);
+    if (moves_.count > 0) launch(static_cast<unsigned>(blocks_), moves_);
     moves_.count = 0;
     blocks_ = 0;
   }
@@ -111,81 +111,45 @@ class Launcher {
  private:
   Moves moves_;
   int64_t blocks_ = 0;
-  cudaStream_t stream_;
 };
 
-int width_of(const Move& move) {
-  uint64_t bits =
-      address_bits(move.from) | address_bits(move.to) | static_cast<uint64_t>(move.bytes);
-  return access_width(bits | static_cast<uint64_t>(move.from_stride));
+uint64_t bits_of(const Move& move) {
+  return address_bits(move.from) | address_bits(move.to) | static_cast<uint64_t>(move.bytes) |
+         static_cast<uint64_t>(move.from_stride);
 }
 
-void launch_bytes(unsigned grid, const Moves& moves, cudaStream_t stream) {
-  gather_bytes<<<grid, kThreads, 0, stream>>>(moves);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
+struct Gather : OnDevice {
+  using OnDevice::OnDevice;
 
-// One launch: 16-byte units where the addresses allow, single values elsewhere.
-void launch_scaled(Move move, ScalarType dtype, int64_t ranks, const void* weights,
-                   cudaStream_t stream) {
-  visit_floating(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Accumulator<T>;
-    const auto* scale = static_cast<const A*>(weights);
-    const bool wide = move.width == 16;
-    if (!wide) move.width = sizeof(T);
-    const auto launch = [&](unsigned grid, const Moves& moves, cudaStream_t on) {
-      if (wide) {
-        gather_scaled<T, kWideValues<T>><<<grid, kThreads, 0, on>>>(moves, scale);
-      } else {
-        gather_scaled<T, 1><<<grid, kThreads, 0, on>>>(moves, scale);
-      }
+  void move(const std::vector<Move>& moves, uint32_t ranks) const {
+    const auto launch = [on = stream()](unsigned grid, const Moves& table) {
+      gather_bytes<<<grid, kThreads, 0, on>>>(table);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
-    Launcher launcher(ranks, stream);
-    launcher.add(move, launch);
+    Launcher launcher(ranks);
+    for (const Move& move : moves) launcher.add(move, access_width(bits_of(move)), launch);
     launcher.flush(launch);
-  });
-}
+  }
+
+  // One launch: 16-byte units where the addresses allow, single values elsewhere.
+  template <class T>
+  void scale(const Move& move, uint32_t ranks, const Accumulator<T>* weights) const {
+    visit_values<T>(bits_of(move), [&](auto values) {
+      constexpr int kValues = decltype(values)::value;
+      const auto launch = [&](unsigned grid, const Moves& table) {
+        gather_scaled<T, kValues><<<grid, kThreads, 0, stream()>>>(table, weights);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      };
+      Launcher launcher(ranks);
+      launcher.add(move, kValues * static_cast<int>(sizeof(T)), launch);
+      launcher.flush(launch);
+    });
+  }
+};
 
 }  // namespace
-
-std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t> starts,
-                                std::vector<int64_t> stops, const Tensor& order, int64_t ranks,
-                                std::optional<Tensor> weights) {
-  const OnDeviceOf device(order);
-  const cudaStream_t stream = device.stream();
-  const Tensor entries = as_contiguous(order);
-  const auto* entry = static_cast<const int32_t*>(entries.const_data_ptr());
-  const std::optional<Tensor> scale =
-      weights ? std::optional(as_contiguous(*weights)) : std::nullopt;
-  std::vector<Tensor> gathered;
-  gathered.reserve(sources.size());
-  Launcher launcher(ranks, stream);
-  for (size_t i = 0; i < sources.size(); ++i) {
-    const RowLayout layout(sources[i]);
-    sources[i] = as_blocks(sources[i], layout);  // also keeps a copy alive until the launch
-    const int64_t rows = stops[i] - starts[i];
-    gathered.push_back(empty_rows(sources[i], rows, layout));
-    Move move{static_cast<const char*>(sources[i].const_data_ptr()),
-              static_cast<char*>(gathered[i].mutable_data_ptr()),
-              entry + starts[i],
-              rows,
-              row_stride_bytes(sources[i]),
-              layout.bytes};
-    move.width = width_of(move);
-    if (scale) {
-      launch_scaled(move, sources[i].scalar_type(), ranks, scale->const_data_ptr(), stream);
-    } else {
-      launcher.add(move, launch_bytes);
-    }
-  }
-  launcher.flush(launch_bytes);
-  return gathered;
-}
-
 }  // namespace dynmm
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
-  m.impl("gather_rows", TORCH_BOX(&dynmm::gather_rows));
+  m.impl("gather_rows", TORCH_BOX(&dynmm::gather_rows<dynmm::Gather>));
 }

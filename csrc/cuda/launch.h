@@ -6,29 +6,24 @@
 
 #include <algorithm>
 
-#include "common.h"
+#include "rows.h"
 
 namespace dynmm {
 
-// The device of a tensor, made current for as long as this lives, and its current stream.
-class OnDeviceOf {
+// What a backend on a GPU begins with: its device is current for as long as this lives.
+class OnDevice {
  public:
-  explicit OnDeviceOf(const Tensor& t) : device_(index_of(t)), guard_(device_) {}
+  const Device device;
+
+  explicit OnDevice(Device device) : device(device), guard_(device.index) {}
 
   cudaStream_t stream() const {
     void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream(device_, &stream));
+    check(aoti_torch_get_current_cuda_stream(device.index, &stream));
     return static_cast<cudaStream_t>(stream);
   }
 
  private:
-  static int32_t index_of(const Tensor& t) {
-    int32_t index = 0;
-    check(aoti_torch_get_device_index(t.get(), &index));
-    return index;
-  }
-
-  int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
@@ -55,7 +50,32 @@ inline int access_width(uint64_t bits) {
   return static_cast<int>(lowest);
 }
 
-inline uint64_t address_bits(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
+// Calls f(T{}), T being what moves as many bytes as `bits` allow.
+template <class F>
+void visit_width(uint64_t bits, const F& f) {
+  switch (access_width(bits)) {
+    case 16:
+      return f(Bytes16{});
+    case 8:
+      return f(uint64_t{});
+    case 4:
+      return f(uint32_t{});
+    case 2:
+      return f(uint16_t{});
+    default:
+      return f(uint8_t{});
+  }
+}
+
+// Calls f(values of T per access), as a type: many where `bits` allow 16 bytes, else one.
+template <class T, class F>
+void visit_values(uint64_t bits, const F& f) {
+  if (access_width(bits) == 16) {
+    f(std::integral_constant<int, kWideValues<T>>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
 
 // A block of kThreads works on a tile of up to kPieces units: each thread has kUnroll loads in
 // flight. Units of one row that exceeds a tile are split over several blocks.

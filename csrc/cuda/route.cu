@@ -1,79 +1,17 @@
-// route: a stable counting sort of the entries by branch. Ranks come from the order of lanes, warps
-// and blocks, never from atomics, so the plan is the same every time and as on the CPU.
-#include <cmath>
-
-#include "cuda/launch.h"
+// route on a GPU: a stable counting sort of the entries by branch. Ranks come from the order of
+// lanes, warps and blocks, never from atomics, so the plan is the same every time and as on the
+// CPU.
+#include "cuda/reduce.h"
+#include "ops/route.h"
 
 namespace dynmm {
 namespace {
 
-constexpr int kNone = -1;
-constexpr int kFaulty = -2;
-constexpr int kWarp = 32;
 constexpr int kBlockThreads = 1024;
 constexpr int kOneBlock = 16 * kBlockThreads;  // entries that one block sorts in one launch
 constexpr int kTileEntries = 8 * kBlockThreads;
 constexpr int kMostTiles = 256;
 constexpr int kSharedBytes = 47 * 1024;  // of 48: the rest is static
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct Plan {
-  int32_t *order, *inverse, *header;
-  int64_t entries;
-  int branches;
-};
-
-// A selection says for an entry: a branch, kNone or kFaulty. `again` repeats the answer later.
-template <class T>
-struct Choice {
-  const T* choice;
-  int branches;
-
-  __device__ int operator()(int64_t entry) const {
-    const auto branch = static_cast<int64_t>(choice[entry]);
-    return branch >= kNone && branch < branches ? static_cast<int>(branch) : kFaulty;
-  }
-  __device__ int again(int64_t entry) const { return (*this)(entry); }
-};
-
-struct Mask {
-  const bool* mask;
-  int branches;
-
-  __device__ int operator()(int64_t entry) const {
-    // 32 bits: entries < 2^31
-    return mask[entry] ? static_cast<int>(static_cast<uint32_t>(entry) % branches) : kNone;
-  }
-  __device__ int again(int64_t entry) const { return (*this)(entry); }
-};
-
-// The first of the largest logits; faulty where softmax is undefined (nan, no finite maximum).
-template <class T>
-struct Argmax {
-  const T* logits;
-  int64_t* choice;
-  int branches;
-
-  __device__ int operator()(int64_t row) const {
-    using Number = Accumulator<T>;
-    const T* values = logits + row * branches;
-    Number top = static_cast<Number>(values[0]);
-    bool ordered = !isnan(top);
-    int best = 0;
-    for (int b = 1; b < branches; ++b) {
-      const Number value = static_cast<Number>(values[b]);
-      ordered &= !isnan(value);
-      if (value > top) {
-        top = value;
-        best = b;
-      }
-    }
-    const bool fine = ordered && isfinite(top);
-    choice[row] = fine ? best : kNone;
-    return fine ? best : kFaulty;
-  }
-  __device__ int again(int64_t row) const { return static_cast<int>(choice[row]); }
-};
 
 // How many entries were faulty, and the first of them (entries < 2^31).
 struct Faults {
@@ -304,118 +242,64 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 // As many warps as leave room for their counters and two more rows of B.
 int64_t warps_that_fit(int64_t branches, int64_t wanted) {
   const int64_t rows = kSharedBytes / (static_cast<int64_t>(sizeof(int32_t)) * branches) - 2;
-  STD_TORCH_CHECK(rows >= 1, "route: at most ", kSharedBytes / 12, " branches on a GPU; got ",
-                  branches);
+  if (rows < 1) {
+    refuse("route: at most ", kSharedBytes / 12, " branches on a GPU; got ", branches);
+  }
   return std::min<int64_t>({wanted, rows, kBlockThreads / kWarp});
 }
 
-template <class Select>
-void sort_one_block(const Plan& plan, const Select& select, int64_t warps, cudaStream_t stream) {
-  const int64_t items = ceil_div<int64_t>(plan.entries, warps * kWarp);
-  const auto threads = static_cast<unsigned>(warps * kWarp);
-  const auto bytes = static_cast<unsigned>((warps + 1) * plan.branches * sizeof(int32_t));
-  if (items <= 1) {
-    route_one_block<1><<<1, threads, bytes, stream>>>(plan, select);
-  } else if (items <= 4) {
-    route_one_block<4><<<1, threads, bytes, stream>>>(plan, select);
-  } else {
-    route_one_block<16><<<1, threads, bytes, stream>>>(plan, select);
+struct Sort : OnDevice {
+  using OnDevice::OnDevice;
+
+  template <class Select>
+  void sort(const Plan& plan, const Select& select) const {
+    const int64_t wanted = std::max<int64_t>(ceil_div<int64_t>(plan.entries, kWarp), 1);
+    const int64_t warps = warps_that_fit(plan.branches, wanted);
+    if (plan.entries <= std::min<int64_t>(kOneBlock, warps * kWarp * 16)) {
+      in_one_block(plan, select, warps);
+    } else {
+      in_tiles(plan, select);
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-}
 
-template <class Select>
-void sort_tiles(const Plan& plan, const Select& select, const Tensor& like, cudaStream_t stream) {
-  const int64_t blocks =
-      std::clamp<int64_t>(ceil_div<int64_t>(plan.entries, kTileEntries), 1, kMostTiles);
-  const int64_t warps = warps_that_fit(plan.branches, kBlockThreads / kWarp);
-  const int64_t span = ceil_div(plan.entries, blocks * warps * kWarp) * kWarp;
-  const int64_t counts = blocks * plan.branches;
-  const Tensor scratch = empty_vector(like, counts + 2 * blocks, ScalarType::Int);
-  auto* memory = static_cast<int32_t*>(scratch.mutable_data_ptr());
-  const Tiles tiles{memory, reinterpret_cast<Faults*>(memory + counts), warps * span, span};
-  const auto grid = static_cast<unsigned>(blocks), threads = static_cast<unsigned>(warps * kWarp);
-  const auto row = static_cast<unsigned>(plan.branches * sizeof(int32_t));
-  count_tiles<<<grid, threads, warps * row, stream>>>(plan, select, tiles);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  place_tiles<<<grid, threads, (warps + 2) * row, stream>>>(plan, select, tiles);
-}
+ private:
+  template <class Select>
+  void in_one_block(const Plan& plan, const Select& select, int64_t warps) const {
+    const int64_t items = ceil_div<int64_t>(plan.entries, warps * kWarp);
+    const auto threads = static_cast<unsigned>(warps * kWarp);
+    const auto bytes = static_cast<unsigned>((warps + 1) * plan.branches * sizeof(int32_t));
+    if (items <= 1) {
+      route_one_block<1><<<1, threads, bytes, stream()>>>(plan, select);
+    } else if (items <= 4) {
+      route_one_block<4><<<1, threads, bytes, stream()>>>(plan, select);
+    } else {
+      route_one_block<16><<<1, threads, bytes, stream()>>>(plan, select);
+    }
+  }
 
-struct PlanTensors {
-  Tensor order, inverse, header;
+  template <class Select>
+  void in_tiles(const Plan& plan, const Select& select) const {
+    const int64_t blocks =
+        std::clamp<int64_t>(ceil_div<int64_t>(plan.entries, kTileEntries), 1, kMostTiles);
+    const int64_t warps = warps_that_fit(plan.branches, kBlockThreads / kWarp);
+    const int64_t span = ceil_div(plan.entries, blocks * warps * kWarp) * kWarp;
+    const int64_t counts = blocks * plan.branches;
+    const Tensor scratch = empty_vector(device, counts + 2 * blocks, ScalarType::Int);
+    auto* memory = static_cast<int32_t*>(scratch.mutable_data_ptr());
+    const Tiles tiles{memory, reinterpret_cast<Faults*>(memory + counts), warps * span, span};
+    const auto grid = static_cast<unsigned>(blocks), threads = static_cast<unsigned>(warps * kWarp);
+    const auto row = static_cast<unsigned>(plan.branches * sizeof(int32_t));
+    count_tiles<<<grid, threads, warps * row, stream()>>>(plan, select, tiles);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    place_tiles<<<grid, threads, (warps + 2) * row, stream()>>>(plan, select, tiles);
+  }
 };
 
-template <class Select>
-PlanTensors sort(const Tensor& like, int64_t rows, int64_t ranks, const Select& select) {
-  const OnDeviceOf device(like);
-  PlanTensors tensors{empty_vector(like, rows * ranks, ScalarType::Int),
-                      empty_matrix(like, rows, ranks, ScalarType::Int),
-                      empty_vector(like, select.branches + 3, ScalarType::Int)};
-  const Plan plan{static_cast<int32_t*>(tensors.order.mutable_data_ptr()),
-                  static_cast<int32_t*>(tensors.inverse.mutable_data_ptr()),
-                  static_cast<int32_t*>(tensors.header.mutable_data_ptr()), rows * ranks,
-                  select.branches};
-  const int64_t wanted = std::max<int64_t>(ceil_div<int64_t>(plan.entries, kWarp), 1);
-  const int64_t warps = warps_that_fit(plan.branches, wanted);
-  if (plan.entries <= std::min<int64_t>(kOneBlock, warps * kWarp * 16)) {
-    sort_one_block(plan, select, warps, device.stream());
-  } else {
-    sort_tiles(plan, select, like, device.stream());
-  }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return tensors;
-}
-
-template <class T>
-PlanTensors sort_choice(const Tensor& selection, int64_t rows, int64_t ranks, int branches) {
-  return sort(selection, rows, ranks,
-              Choice<T>{static_cast<const T*>(selection.const_data_ptr()), branches});
-}
-
-PlanTensors sort_selection(const Tensor& selection, int branches) {
-  const int64_t rows = selection.size(0);
-  const int64_t ranks = selection.dim() == 2 ? selection.size(1) : 1;
-  switch (selection.scalar_type()) {
-    case ScalarType::Bool:
-      return sort(selection, rows, ranks,
-                  Mask{static_cast<const bool*>(selection.const_data_ptr()), branches});
-    case ScalarType::Int:
-      return sort_choice<int32_t>(selection, rows, ranks, branches);
-    case ScalarType::Long:
-      return sort_choice<int64_t>(selection, rows, ranks, branches);
-    default:
-      return sort_choice<int64_t>(torch::stable::to(selection, ScalarType::Long), rows, ranks,
-                                  branches);
-  }
-}
-
-template <class T>
-PlanTensors sort_logits(const Tensor& logits, const Tensor& choice) {
-  return sort(logits, logits.size(0), 1,
-              Argmax<T>{static_cast<const T*>(logits.const_data_ptr()),
-                        static_cast<int64_t*>(choice.mutable_data_ptr()),
-                        static_cast<int>(logits.size(1))});
-}
-
 }  // namespace
-
-// selection: int [N, k] or [N], or bool [N, B]. header: B+1 offsets, number of faults, first fault.
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& selection, int64_t branches) {
-  PlanTensors plan = sort_selection(as_contiguous(selection), static_cast<int>(branches));
-  return {std::move(plan.order), std::move(plan.inverse), std::move(plan.header)};
-}
-
-// logits: floating [N, B]. Also returns choice int64 [N]; faulty rows choose -1.
-std::tuple<Tensor, Tensor, Tensor, Tensor> route_argmax(const Tensor& logits) {
-  const Tensor scores = as_contiguous(logits);
-  const Tensor choice = empty_vector(logits, logits.size(0), ScalarType::Long);
-  PlanTensors plan = visit_floating(
-      scores.scalar_type(), [&](auto zero) { return sort_logits<decltype(zero)>(scores, choice); });
-  return {choice, std::move(plan.order), std::move(plan.inverse), std::move(plan.header)};
-}
-
 }  // namespace dynmm
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
-  m.impl("route", TORCH_BOX(&dynmm::route));
-  m.impl("route_argmax", TORCH_BOX(&dynmm::route_argmax));
+  m.impl("route", TORCH_BOX(&dynmm::route<dynmm::Sort>));
+  m.impl("route_argmax", TORCH_BOX(&dynmm::route_argmax<dynmm::Sort>));
 }

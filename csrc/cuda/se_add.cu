@@ -1,9 +1,8 @@
-// se_add: out = main_scale * main + aux_scale * aux on the first samples of a batch, main behind
-// them; se_add_grads: scale * grad + shift on them for both streams, for main also grad behind
-// them.
-#include <tuple>
+// se_add and se_add_grads on a GPU.
+#include <initializer_list>
 
 #include "cuda/samples.h"
+#include "ops/se_add.h"
 
 namespace dynmm {
 namespace {
@@ -46,12 +45,12 @@ __global__ void __launch_bounds__(kThreads)
     int64_t n, unit;
     if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
     const int64_t at = unit * kValues, to = n * tiling.units + unit;
-    const Unit<T, kValues> x = main.template unit<kValues>(n, at);
+    const Unit<T, kValues> x = unit_of<kValues>(main, n, at);
     if (n >= active) {
       out[to] = x;
       continue;
     }
-    const Unit<T, kValues> y = aux.template unit<kValues>(n, at);
+    const Unit<T, kValues> y = unit_of<kValues>(aux, n, at);
     A s[kValues], t[kValues];
     factors_of<kLast>(main_scale + n * channels, channels, pixels, at, s);
     factors_of<kLast>(aux_scale + n * channels, channels, pixels, at, t);
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     int64_t n, unit;
     if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
     const int64_t at = unit * kValues, to = n * tiling.units + unit, of = n * channels;
-    const Unit<T, kValues> x = grad.template unit<kValues>(n, at);
+    const Unit<T, kValues> x = unit_of<kValues>(grad, n, at);
     if (n >= active) {
       main[to] = x;
       continue;
@@ -104,72 +103,62 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+uint64_t bits_of(std::initializer_list<const Tensor*> tensors) {
+  uint64_t bits = 0;
+  for (const Tensor* t : tensors) bits |= address_bits(t->const_data_ptr());
+  return bits;
+}
+
+struct SeAdd : OnDevice {
+  using OnDevice::OnDevice;
+
+  template <class T, class A = Accumulator<T>>
+  void add(const MapLayout& layout, const Samples& main, const Samples& aux,
+           const Tensor& main_scale, const Tensor& aux_scale, int64_t rows, int64_t active,
+           const Tensor& out) const {
+    const uint64_t bits = main.bits | aux.bits | bits_of({&main_scale, &aux_scale, &out});
+    visit_access<T>(layout, bits, [&](auto values, auto last) {
+      constexpr int kValues = decltype(values)::value;
+      constexpr bool kLast = decltype(last)::value;
+      const Tiling tiling(rows, layout.numel() / kValues);
+      const auto blocks = static_cast<unsigned>(tiling.blocks);
+      scale_and_add<T, kValues, kLast><<<blocks, kThreads, 0, stream()>>>(
+          tiling, main.maps<T>(), aux.maps<T>(), data_of<A>(main_scale), data_of<A>(aux_scale),
+          rows, active, layout.channels, layout.pixels, units<T, kValues>(out));
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  template <class T, class A = Accumulator<T>>
+  void grads(const MapLayout& layout, const Samples& grad, const Tensor& main_scale,
+             const Tensor& aux_scale, const Tensor& main_shift, const Tensor& aux_shift,
+             int64_t rows, int64_t active, const Tensor& main, const Tensor& aux) const {
+    const uint64_t bits =
+        grad.bits | bits_of({&main_scale, &aux_scale, &main_shift, &aux_shift, &main, &aux});
+    visit_access<T>(layout, bits, [&](auto values, auto last) {
+      constexpr int kValues = decltype(values)::value;
+      constexpr bool kLast = decltype(last)::value;
+      const Tiling tiling(rows, layout.numel() / kValues);
+      const auto blocks = static_cast<unsigned>(tiling.blocks);
+      both_grads<T, kValues, kLast><<<blocks, kThreads, 0, stream()>>>(
+          tiling, grad.maps<T>(), data_of<A>(main_scale), data_of<A>(aux_scale),
+          data_of<A>(main_shift), data_of<A>(aux_shift), rows, active, layout.channels,
+          layout.pixels, units<T, kValues>(main), units<T, kValues>(aux));
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  template <class T, int kValues>
+  static Unit<T, kValues>* units(const Tensor& t) {
+    return static_cast<Unit<T, kValues>*>(t.mutable_data_ptr());
+  }
+};
+
 }  // namespace
-
-Tensor se_add(const Tensor& main, const Tensor& aux, const Tensor& main_scale,
-              const Tensor& aux_scale) {
-  const OnDeviceOf device(main);
-  const cudaStream_t stream = device.stream();
-  const MapLayout layout(main);
-  const int64_t rows = main.size(0), active = aux.size(0);
-  const Tensor out = layout.empty(main, rows);
-  if (rows == 0 || layout.numel() == 0) return out;
-  const Samples m(main, layout), a(aux, layout);
-  const Tensor s = as_contiguous(main_scale), t = as_contiguous(aux_scale);
-  void* to = out.mutable_data_ptr();
-  uint64_t bits = m.bits | a.bits | address_bits(to);
-  for (const Tensor& of : {s, t}) bits |= address_bits(of.const_data_ptr());
-  visit_floating(main.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    visit_access<T>(layout, bits, [&](auto values, auto last) {
-      constexpr int kValues = decltype(values)::value;
-      constexpr bool kLast = decltype(last)::value;
-      const Tiling tiling(rows, layout.numel() / kValues);
-      const auto blocks = static_cast<unsigned>(tiling.blocks);
-      scale_and_add<T, kValues, kLast><<<blocks, kThreads, 0, stream>>>(
-          tiling, m.maps<T>(), a.maps<T>(), factors<T>(s), factors<T>(t), rows, active,
-          layout.channels, layout.pixels, static_cast<Unit<T, kValues>*>(to));
-    });
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
-}
-
-std::tuple<Tensor, Tensor> se_add_grads(const Tensor& grad, const Tensor& main_scale,
-                                        const Tensor& aux_scale, const Tensor& main_shift,
-                                        const Tensor& aux_shift) {
-  const OnDeviceOf device(grad);
-  const cudaStream_t stream = device.stream();
-  const MapLayout layout(grad);
-  const int64_t rows = grad.size(0), active = main_scale.size(0);
-  const Tensor main = layout.empty(grad, rows), aux = layout.empty(grad, active);
-  if (rows == 0 || layout.numel() == 0) return {main, aux};
-  const Samples g(grad, layout);
-  const Tensor s = as_contiguous(main_scale), t = as_contiguous(aux_scale);
-  const Tensor u = as_contiguous(main_shift), v = as_contiguous(aux_shift);
-  void *to_main = main.mutable_data_ptr(), *to_aux = aux.mutable_data_ptr();
-  uint64_t bits = g.bits | address_bits(to_main) | address_bits(to_aux);
-  for (const Tensor& of : {s, t, u, v}) bits |= address_bits(of.const_data_ptr());
-  visit_floating(grad.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    visit_access<T>(layout, bits, [&](auto values, auto last) {
-      constexpr int kValues = decltype(values)::value;
-      constexpr bool kLast = decltype(last)::value;
-      const Tiling tiling(rows, layout.numel() / kValues);
-      const auto blocks = static_cast<unsigned>(tiling.blocks);
-      both_grads<T, kValues, kLast><<<blocks, kThreads, 0, stream>>>(
-          tiling, g.maps<T>(), factors<T>(s), factors<T>(t), factors<T>(u), factors<T>(v), rows,
-          active, layout.channels, layout.pixels, static_cast<Unit<T, kValues>*>(to_main),
-          static_cast<Unit<T, kValues>*>(to_aux));
-    });
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {main, aux};
-}
-
 }  // namespace dynmm
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
-  m.impl("se_add", TORCH_BOX(&dynmm::se_add));
-  m.impl("se_add_grads", TORCH_BOX(&dynmm::se_add_grads));
+  m.impl("se_add", TORCH_BOX(&dynmm::se_add<dynmm::SeAdd>));
+  m.impl("se_add_grads", TORCH_BOX(&dynmm::se_add_grads<dynmm::SeAdd>));
 }

@@ -1,15 +1,12 @@
-// se_add_means: the mean of each channel of each sample; se_add_dots: the inner products of each
-// channel of grad with those of main and of aux. Sums are taken in an order that never changes.
-#include <tuple>
-
+// se_add_means and se_add_dots on a GPU. Sums are taken in an order that never changes.
+#include "cuda/reduce.h"
 #include "cuda/samples.h"
+#include "ops/se_add.h"
 
 namespace dynmm {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int64_t kSteps = 16;  // units that one thread takes before more threads are asked for
-constexpr int64_t kMostParts = 64;
 
 // A column of kLanes threads sums one channel of a sample, or with channels last the kOut channels
 // that one unit holds. Block (b, p) writes part p of [parts, columns * kOut], times `scale`: to
@@ -31,9 +28,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 2
   for (; column < columns && i < stop; i += static_cast<int64_t>(gridDim.y) * kLanes) {
     const int64_t at = kLast ? i * channels + channel : i * kValues;
-    Unit<T, kValues> x = maps.template unit<kValues>(n, at), y, z;
-    if constexpr (kDots) y = main.template unit<kValues>(n, at);
-    if constexpr (kDots) z = aux.template unit<kValues>(n, at);
+    Unit<T, kValues> x = unit_of<kValues>(maps, n, at), y, z;
+    if constexpr (kDots) y = unit_of<kValues>(main, n, at);
+    if constexpr (kDots) z = unit_of<kValues>(aux, n, at);
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       if (!kLast && (at + v < begin || at + v >= begin + pixels)) continue;
@@ -70,21 +67,28 @@ __global__ void __launch_bounds__(kThreads)
   (blockIdx.y == 0 ? first : second)[i] = sum;
 }
 
-template <class A>
-A* values(const Tensor& sums) {
-  return static_cast<A*>(sums.mutable_data_ptr());
-}
+struct Sums : OnDevice {
+  using OnDevice::OnDevice;
 
-// first, second: [n, C].
-template <bool kDots>
-void sum_channels(const MapLayout& layout, const Samples& maps, const Samples& main,
-                  const Samples& aux, const Tensor& first, const Tensor& second,
-                  cudaStream_t stream) {
-  const int64_t entries = first.numel();
-  if (entries == 0) return;
-  visit_floating(maps.kept.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = Accumulator<T>;
+  template <class T>
+  void means(const MapLayout& layout, const Samples& maps, int64_t rows, const Tensor& out) const {
+    sum_channels<T, false>(layout, maps, maps, maps, rows * layout.channels, out, out);
+  }
+
+  template <class T>
+  void dots(const MapLayout& layout, const Samples& grad, const Samples& main, const Samples& aux,
+            int64_t active, const Tensor& with_main, const Tensor& with_aux) const {
+    sum_channels<T, true>(layout, grad, main, aux, active * layout.channels, with_main, with_aux);
+  }
+
+ private:
+  template <class T, bool kDots, class A = Accumulator<T>>
+  void sum_channels(const MapLayout& layout, const Samples& maps, const Samples& main,
+                    const Samples& aux, int64_t entries, const Tensor& of_main,
+                    const Tensor& of_aux) const {
+    if (entries == 0) return;
+    auto* first = static_cast<A*>(of_main.mutable_data_ptr());
+    auto* second = static_cast<A*>(of_aux.mutable_data_ptr());
     const A scale = kDots ? A{1} : A{1} / static_cast<A>(layout.pixels);
     visit_access<T>(layout, maps.bits | main.bits | aux.bits, [&](auto width, auto last) {
       constexpr int kValues = decltype(width)::value;
@@ -95,19 +99,18 @@ void sum_channels(const MapLayout& layout, const Samples& maps, const Samples& m
         constexpr int kLanes = decltype(lanes)::value;
         const int64_t parts = std::clamp<int64_t>(ceil_div(units, kLanes * kSteps), 1, kMostParts);
         const Tensor partial =
-            parts > 1 ? empty_matrix(first, parts * (kDots ? 2 : 1), entries, first.scalar_type())
-                      : first;
-        A* to = values<A>(partial);
+            parts > 1 ? empty_matrix(device, parts * (kDots ? 2 : 1), entries, kSumDtype<A>)
+                      : of_main;
+        auto* to = static_cast<A*>(partial.mutable_data_ptr());
         const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(columns, kThreads / kLanes)),
                         static_cast<unsigned>(parts));
-        channel_sums<T, kValues, kLast, kDots, kLanes><<<grid, kThreads, 0, stream>>>(
+        channel_sums<T, kValues, kLast, kDots, kLanes><<<grid, kThreads, 0, stream()>>>(
             maps.maps<T>(), main.maps<T>(), aux.maps<T>(), columns, layout.channels, layout.pixels,
-            scale, to, parts > 1 ? to + parts * entries : values<A>(second));
+            scale, to, parts > 1 ? to + parts * entries : second);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
         if (parts == 1) return;
         const dim3 all(static_cast<unsigned>(ceil_div<int64_t>(entries, kThreads)), kDots ? 2 : 1);
-        add_channel_parts<<<all, kThreads, 0, stream>>>(to, parts, entries, values<A>(first),
-                                                        values<A>(second));
+        add_channel_parts<<<all, kThreads, 0, stream()>>>(to, parts, entries, first, second);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
       if (kLast || units <= kWarp * kSteps) {
@@ -116,33 +119,13 @@ void sum_channels(const MapLayout& layout, const Samples& maps, const Samples& m
         launch(std::integral_constant<int, kThreads>{});
       }
     });
-  });
-}
+  }
+};
 
 }  // namespace
-
-Tensor se_add_means(const Tensor& maps) {
-  const OnDeviceOf device(maps);
-  const MapLayout layout(maps);
-  const Tensor means = layout.empty_sums(maps, maps.size(0));
-  const Samples m(maps, layout);
-  sum_channels<false>(layout, m, m, m, means, means, device.stream());
-  return means;
-}
-
-std::tuple<Tensor, Tensor> se_add_dots(const Tensor& grad, const Tensor& main, const Tensor& aux) {
-  const OnDeviceOf device(grad);
-  const MapLayout layout(grad);
-  const Tensor of_main = layout.empty_sums(grad, aux.size(0));
-  const Tensor of_aux = layout.empty_sums(grad, aux.size(0));
-  const Samples g(grad, layout), m(main, layout), a(aux, layout);
-  sum_channels<true>(layout, g, m, a, of_main, of_aux, device.stream());
-  return {of_main, of_aux};
-}
-
 }  // namespace dynmm
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
-  m.impl("se_add_means", TORCH_BOX(&dynmm::se_add_means));
-  m.impl("se_add_dots", TORCH_BOX(&dynmm::se_add_dots));
+  m.impl("se_add_means", TORCH_BOX(&dynmm::se_add_means<dynmm::Sums>));
+  m.impl("se_add_dots", TORCH_BOX(&dynmm::se_add_dots<dynmm::Sums>));
 }

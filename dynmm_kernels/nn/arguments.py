@@ -22,18 +22,19 @@ class Arguments:
         leaves, spec: the same, flat.
         rows: positions of the per-sample leaves.
         num_rows: N; None where only Lazy leaves, or none, are per sample.
+        device: of the tensors; None where there are none.
 
     Raises:
         ValueError: leaves that disagree on N. TypeError: leaves that cannot be split by row.
     """
 
-    __slots__ = ("label", "leaves", "num_rows", "plain", "rows", "selected", "spec")
+    __slots__ = ("device", "label", "leaves", "num_rows", "plain", "rows", "selected", "spec")
 
     def __init__(self, selected: tuple[Any, ...], label: str, num_rows: int | None = None) -> None:
         self.selected = selected
         self.label = label
         self.leaves, self.spec = tree.flatten(selected)
-        self.rows, self.num_rows = tree.find_rows(self.leaves, label, num_rows)
+        self.rows, self.num_rows, self.device = tree.find_rows(self.leaves, label, num_rows)
         self.plain = tree.is_flat(self.spec) and len(self.rows) == len(self.leaves)
 
     def tensors(self) -> list[Tensor]:
@@ -113,26 +114,30 @@ def gather_arguments(
     first, size = arguments[0], len(arguments[0].leaves)
     if len(branches) > 1 and first.plain and all(own is first for own in arguments):
         # The common case: every branch reads the same flat tensors.
-        index = [i for _ in branches for i in range(size)]
-        rows = F.gather_rows(plan, first.leaves, index, [b for b in branches for _ in range(size)])
+        every = [i for _ in branches for i in range(size)]
+        rows = F.gather_rows(plan, first.leaves, every, [b for b in branches for _ in range(size)])
         return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     sources: list[Tensor] = []
     index_of: dict[int, int] = {}
-    place_of: dict[tuple[int, int], int] = {}  # (tensor, branch) -> which of what moves
-    index, owner = [], []
+    index: list[int] = []
+    owner: list[int] = []
+    places = []  # of each branch: which of what moves are its tensors
     for branch, own in zip(branches, arguments, strict=True):
+        place_of: dict[int, int] = {}
         for tensor in own.tensors():
-            position = index_of.setdefault(id(tensor), len(sources))
-            if position == len(sources):
-                sources.append(tensor)
-            if place_of.setdefault((id(tensor), branch), len(index)) == len(index):
-                index.append(position)
+            key = id(tensor)
+            if key not in place_of:
+                place_of[key] = len(index)
+                index.append(index_of.setdefault(key, len(sources)))
                 owner.append(branch)
+                if index[-1] == len(sources):
+                    sources.append(tensor)
+        places.append(place_of)
     gathered = F.gather_rows(plan, sources, index, owner) if index else []
     return [
         own.of(_rows_of(own, plan, branch, gathered, place_of, writes))
-        for branch, own, writes in zip(branches, arguments, copied, strict=True)
+        for branch, own, place_of, writes in zip(branches, arguments, places, copied, strict=True)
     ]
 
 
@@ -141,7 +146,7 @@ def _rows_of(
     plan: RoutingPlan,
     branch: int,
     gathered: Sequence[Tensor],
-    place_of: dict[tuple[int, int], int],
+    place_of: dict[int, int],
     copied: bool,
 ) -> list[Tensor]:
     """The branch's per-sample leaves: gathered already, or fetched now."""
@@ -153,5 +158,5 @@ def _rows_of(
             indices = plan.rows(branch).cpu() if indices is None else indices
             rows.append(own.fetch(leaf, indices.clone(), copied))
         else:
-            rows.append(gathered[place_of[id(leaf), branch]])
+            rows.append(gathered[place_of[id(leaf)]])
     return rows

@@ -67,6 +67,7 @@ class Branch(nn.Module):
         # It may write into its inputs: ReLU(inplace=True) and its kind.
         self.in_place = any(getattr(part, "inplace", False) is True for part in parts)
         self.tables = [part._buffers for part in parts if part._buffers]
+        self.overridden = type(self).forward is not Branch.forward
 
     def extra_repr(self) -> str:
         known = {"name": self.name, "inputs": self.inputs, "cost": self.cost}
@@ -131,28 +132,28 @@ class Branch(nn.Module):
         Hooks of the branch, its compiled form and a `forward` of a subclass are in use.
         The module's own exceptions are raised as they are, with a note that names the branch.
         """
+        state = self.__dict__  # past Module.__getattr__, which is slow
         try:
             if (
-                self._forward_pre_hooks
-                or self._forward_hooks
-                or self._backward_pre_hooks
-                or self._backward_hooks
-                or self._compiled_call_impl is not None
-                or type(self).forward is not Branch.forward
+                state["_forward_pre_hooks"]
+                or state["_forward_hooks"]
+                or state["_backward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["overridden"]
+                or state.get("_compiled_call_impl") is not None
             ):
                 return self(*arguments, **({} if self.inputs is None else {"selected": True}))
-            module: Any = self._modules["module"]  # past Module.__getattr__, which is slow
-            return module(*arguments)
+            return state["_modules"]["module"](*arguments)
         except Exception as error:
             note_origin(error, self.label)
             raise
 
-    def buffers_held(self) -> Iterator[Tensor]:
+    def buffers_held(self) -> list[Tensor]:
         """The module's buffers, which it may return."""
-        for table in self.tables:
-            for tensor in table.values():
-                if tensor is not None:
-                    yield tensor
+        if not self.tables:
+            return []
+        tensors = (tensor for table in self.tables for tensor in table.values())
+        return [tensor for tensor in tensors if tensor is not None]
 
     def call_reading(self, tensors: Iterable[Tensor], arguments: Sequence[Any]) -> Any:
         """`call` where others read `tensors`, too: the caller, the gate, other branches.

@@ -52,14 +52,19 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
             start = stop
     if len(own) == 1:
         output = own[0].call_reading(inputs, inputs)
-        columns, spec = validation.check_outputs([output], counts, [own[0].label], device)
         held = [*inputs, *own[0].buffers_held()]
+        if validation.single_tensors_fit((output,), counts, device):
+            return apart(output, held)
+        columns, spec = validation.check_outputs([output], counts, [own[0].label], device)
         return tree.unflatten([apart(column[0], held) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()
     outputs = [branch.call(rows.pop()) for branch in own]  # a branch's rows are freed once used
-    if validation.single_tensors_fit(outputs, counts, device):
-        return F.combine_flat(inverse, outputs, starts)
+    if _are_rows(outputs, counts):
+        try:
+            return F.combine_flat(inverse, outputs, starts)
+        except RuntimeError:
+            pass  # what does not fit is named below
     labels = [branch.label for branch in own]
     columns, spec = validation.check_outputs(outputs, counts, labels, device)
     combined = [
@@ -69,6 +74,17 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
         for column in columns
     ]
     return tree.unflatten(combined, spec)
+
+
+def _are_rows(outputs: list[Any], counts: list[int]) -> bool:
+    """Whether each is one tensor with as many rows as it should have."""
+    for output, count in zip(outputs, counts):  # noqa: B905 (strict costs as much as the check)
+        if type(output) is not Tensor:
+            return False
+        shape = output.shape
+        if not shape or shape[0] != count:
+            return False
+    return True
 
 
 def _num_rows(inputs: tuple[Any, ...]) -> int:

@@ -149,9 +149,7 @@ class RoutedFusion(Settings):
     ) -> Decision:
         gate: Branch = self._modules["gate"]  # type: ignore[assignment]
         logits = call_whole(gate, batch, batch.num_rows)
-        tensors = batch.tensors()
-        device = tensors[0].device if tensors else None
-        validation.check_logits(logits, batch.num_rows, num_branches, device)
+        validation.check_logits(logits, batch.num_rows, num_branches, batch.device)
         selection, dense = selection_of(self.select), self.execution == "dense"
         if self.draws:
             logits = logits + selection.noise(logits, generator)
@@ -211,8 +209,7 @@ def _obey(
     choice: Any, batch: Arguments, num_branches: int, generator: torch.Generator | None
 ) -> Decision:
     """A forced decision."""
-    tensors = batch.tensors()
-    device = tensors[0].device if tensors else None
+    device = batch.device
     uniform = isinstance(choice, str) and choice == "uniform"
     chosen = forced(
         0 if uniform else choice, "choice", num_branches, batch.num_rows, device, generator
@@ -221,7 +218,7 @@ def _obey(
     if not uniform:
         return Decision(TopOne(), chosen, plan)
     shape = (plan.num_rows, num_branches)
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    double = any(tensor.dtype == torch.float64 for tensor in batch.tensors())
     dtype = torch.float64 if double else torch.float32
     probs = torch.full(shape, 1 / num_branches, dtype=dtype, device=device)
     return Decision(TopOne(), chosen, plan, probs, dense=True)

@@ -1,10 +1,11 @@
-"""Who else reads a tensor's memory, so that nothing is written there that others still need."""
+"""What tensors have to do with each other: whose memory they lie in, whose graph they came from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,11 @@ def shares(tensor: Tensor, held: Iterable[Tensor]) -> bool:
         if other.untyped_storage().data_ptr() == memory:
             return True
     return False
+
+
+def sharing(held: Iterable[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of `held` in whose memory one of the tensors still lies."""
+    return [other for other in held if shares(other, tensors)]
 
 
 def apart(output: Any, held: Iterable[Tensor]) -> Any:
@@ -40,3 +46,17 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
         return []
+
+
+def depends_on(output: Tensor, tensor: Tensor) -> bool:
+    """Whether the graph of `output` leads to `tensor`, which requires grad."""
+    wanted = torch.autograd.graph.get_gradient_edge(tensor).node
+    ahead = [output.grad_fn]
+    seen = set()
+    for node in ahead:  # grows
+        if node is wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return output is tensor

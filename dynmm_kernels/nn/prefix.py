@@ -16,7 +16,7 @@ from .. import functional as F
 from .. import levels
 from ..plan import RoutingPlan
 from .execution import without_graph
-from .memory import apart, shares
+from .memory import apart, depends_on, sharing
 from .stage import Cell, Stage
 
 
@@ -151,8 +151,7 @@ class Prefix:
         streams = [] if self.aux is None else [self.aux]
         read, held = [*self.inputs, *self.lent], [*self.lent, *self.seen]
         main = cell.main.run(cell.main.spare(self.main, [*self.inputs, *held, *streams]), read=read)
-        if not shares(main, self.lent):
-            self.lent = []
+        self.lent = sharing(self.lent, [main])
         self.main = main
         del read  # frees what the stage read
         self.rows_run.append(self.active + self.following if cell.reads else 0)
@@ -162,7 +161,7 @@ class Prefix:
             self.starved += cell.starved()
         elif cell.reads:
             self.aux = cell.aux.run(cell.aux.spare(self.aux, held), read=self.inputs)
-        self.seen = []
+        self.seen = sharing(self.seen, [main] if self.aux is None else [main, self.aux])
         if not cell.fuses:
             return
         if self.aux is not None:
@@ -174,7 +173,7 @@ class Prefix:
         head, tail = _split(main, self.active)
         fused = None
         if self.aux is not None and head is not None:
-            fused = cell.fuse(head, self.aux)
+            fused = self._fuse_head(cell, head, tail, self.aux)
         hidden = None
         if exact:
             self.weights.append(weights)
@@ -196,9 +195,16 @@ class Prefix:
         if cell.fusion.fuses_prefix:
             return cell.fuse(main, aux)
         head, tail = _split(main, self.active)
-        if tail is None or head is None:
-            return cell.fuse(main, aux)
-        return torch.cat([cell.fuse(head, aux), tail])
+        fused = self._fuse_head(cell, main if head is None else head, tail, aux)
+        return fused if tail is None or head is None else torch.cat([fused, tail])
+
+    def _fuse_head(self, cell: Cell, head: Tensor, tail: Tensor | None, aux: Tensor) -> Tensor:
+        """Where all samples fuse, a fusion may leave the main stream without a gradient."""
+        fused = cell.fuse(head, aux)
+        learns = head.requires_grad and torch.is_grad_enabled()
+        if tail is None and learns and not depends_on(fused, head):
+            self.starved.append(head)
+        return fused
 
     def _follow(self, cell: Cell, main: Tensor, held: Sequence[Tensor]) -> Tensor | None:
         """What the cell would make of the rest: forward only, for its gradient is zero."""

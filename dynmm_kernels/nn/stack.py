@@ -15,7 +15,7 @@ from ..plan import RoutingPlan
 from .branch import Branch
 from .decisions import forced, gumbel_like, one_hot, straight_through
 from .execution import blend
-from .memory import apart
+from .memory import apart, sharing
 from .prefix import Prefix
 from .routing import DepthRouting
 from .settings import Settings
@@ -207,8 +207,9 @@ class StackFusion(Settings):
             main = cell.main.run(cell.main.spare(main, [*held, aux]), read=[*run.inputs, *lent])
             if cell.reads:
                 aux = cell.aux.run(cell.aux.spare(aux, [*held, main]), read=run.inputs)
-            seen = [main, aux] if torch.is_grad_enabled() and cell.fuses else []
+            seen = sharing(seen, [main, aux])
             if cell.fuses:
+                seen += [main, aux] if torch.is_grad_enabled() else []
                 main = blend((main, cell.fuse(main, aux)), weights, soft)
             run.rows_run.append(run.num_rows if cell.reads else 0)
             if k in run.wanted:

@@ -51,7 +51,7 @@ class Kernels:
 
 def _load_cuda() -> Compiled:
     if torch.version.cuda is None:
-        return Compiled(f"torch {torch.__version__} has no CUDA", None)
+        return Compiled(f"torch {torch.__version__} has no CUDA")
     return load("_C_cuda.abi3.so", "cuda_failure.txt")
 
 

@@ -6,6 +6,7 @@ rank in ascending order. What an op cannot take is refused by `checks`.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -72,7 +73,7 @@ def gather_rows(
     gathered = []
     for source, start, stop in zip(sources, starts, stops, strict=True):
         entry = order[start:stop].long()
-        held = (entry >= 0) & (entry < source.shape[0] * ranks)
+        held = (entry >= 0) & (entry // ranks < source.shape[0])
         if weights is not None:
             held &= entry < weights.numel()
         entry = torch.where(held, entry, 0)
@@ -237,14 +238,16 @@ def _pool(outputs: list[Tensor], starts: list[int], inverse: Tensor) -> tuple[Te
     pool = torch.cat(
         [_bits(outputs[0]).new_zeros((1, *outputs[0].shape[1:])), *map(_bits, outputs)]
     )
-    last = max(start + out.shape[0] for start, out in zip(starts, outputs, strict=True))
-    row_of_slot = torch.zeros(last + 2, dtype=torch.long, device=inverse.device)
-    row = 1
-    for start, output in zip(starts, outputs, strict=True):
-        size = output.shape[0]
-        row_of_slot[start + 1 : start + 1 + size] = torch.arange(row, row + size)
-        row += size
-    return pool.view(outputs[0].dtype), row_of_slot[(inverse.long() + 1).clamp(max=last + 1)]
+    sizes = [output.shape[0] for output in outputs]
+    first = list(itertools.accumulate(sizes[:-1], initial=1))
+    begin, size, row = (
+        torch.tensor(numbers, device=inverse.device) for numbers in (starts, sizes, first)
+    )
+    slot = inverse.long().contiguous()
+    output = (torch.bucketize(slot, begin, right=True) - 1).clamp(min=0)
+    local = slot - begin[output]
+    held = (local >= 0) & (local < size[output])
+    return pool.view(outputs[0].dtype), torch.where(held, row[output] + local, 0)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

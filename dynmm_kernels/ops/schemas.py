@@ -15,6 +15,9 @@ holds is to combine_rows, so that the two stay each other's transpose and no dev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,8 +49,19 @@ library.define(
     " Tensor aux_shift) -> (Tensor, Tensor)"
 )
 
+
+def _no_vmap(op: str) -> Callable[..., Any]:
+    def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        raise RuntimeError(
+            f"vmap over {op} is not offered; call it once for all samples: rows are its dimension 0"
+        )
+
+    return refuse
+
+
 for _op in OPS:
     library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+    torch.library.register_vmap(f"{NAMESPACE}::{_op}", _no_vmap(_op), lib=library)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::route", lib=library)

@@ -1,8 +1,10 @@
 """Builds the CUDA kernels for the emulator (cuda_runtime.h) as ops of their own namespace."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -13,9 +15,9 @@ NAMESPACE = "dynmm_emulated"
 
 _NAME = r"([A-Za-z_]\w*(?:<(?:[^<>;]|<[^<>;]*>)*>)?)"
 _LAUNCH = re.compile(_NAME + r"<<<(.*?)>>>\((.*?)\);", re.DOTALL)
-_DEVICE = """class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor&) {}
+_DEVICE = """struct OnDevice {
+  const Device device;
+  explicit OnDevice(Device device) : device(device) {}
   cudaStream_t stream() const { return nullptr; }
 };"""
 
@@ -26,7 +28,7 @@ def translate(text: str) -> str:
     text = re.sub(
         r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = emulator::dynamic_shared<\1>();", text
     )
-    text = re.sub(r"class OnDeviceOf \{.*?\n\};", _DEVICE, text, flags=re.DOTALL)
+    text = re.sub(r"class OnDevice \{.*?\n\};", _DEVICE, text, flags=re.DOTALL)
     text = text.replace("STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
     return text.replace("_IMPL(dynmm_kernels, CUDA, m)", f"_IMPL({NAMESPACE}, CPU, m)")
 
@@ -49,6 +51,8 @@ def build(folder: Path) -> torch.library.Library:
     torch_folder = Path(torch.__file__).parent
     include, shared = torch_folder / "include", folder / "emulated.so"
     command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O1", "-w", "-ffp-contract=off"]
+    # A GPU faults where an access is not aligned; so does this.
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     command += [f"-I{Path(__file__).parent}", f"-I{folder}", f"-I{ROOT / 'csrc'}", f"-I{include}"]
     command += [f"-I{include / 'torch/csrc/api/include'}", *sources, "-o", str(shared)]
@@ -56,5 +60,6 @@ def build(folder: Path) -> torch.library.Library:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"the CUDA sources do not compile for the emulator:\n{result.stderr}")
-    torch.ops.load_library(str(shared))
+    with patch.dict(os.environ, DYNMM_POISON="1"):  # read while the library is loaded
+        torch.ops.load_library(str(shared))
     return library
