@@ -50,6 +50,8 @@ def refuses_writes(model: Model):
     if not any(reader.writes for reader in model.branches):
         yield
         return
+    if model.context.startswith("inference"):
+        raise Skip("tensors of inference mode do not tell that they were written to")
     with may_refuse(ValueError, naming="must not write"), may_refuse(RuntimeError):
         yield
 

@@ -51,6 +51,8 @@ def refusals(stack: Stack):
         if stack.subset and stack.streams[0].ndim == 2:
             may.enter_context(may_refuse(ValueError, naming="Expected more than 1"))
         if any(part.kind == "writes" for part in stack.joins):
+            if stack.context.startswith("inference"):
+                raise Skip("tensors of inference mode do not tell that they were written to")
             may.enter_context(may_refuse(ValueError, naming="must not write"))
             may.enter_context(may_refuse(RuntimeError))
         yield
