@@ -265,10 +265,18 @@ class Maker:
         return self.laid_out(tensor)
 
 
-def on_one_device(arguments: list[Any]) -> bool:
-    """Whether there is a CPU tensor: calls of meta tensors alone have no values to compare."""
-    tensors = [x for value in arguments for x in (value if isinstance(value, list) else [value])]
-    return any(isinstance(x, Tensor) and x.device.type == "cpu" for x in tensors)
+def tensors_of(call: Call) -> list[Tensor]:
+    flat = [x for value in call[1] for x in (value if isinstance(value, list) else [value])]
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def dtypes(call: Call) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors_of(call)}
+
+
+def has_values(call: Call) -> bool:
+    """Whether there is a CPU tensor: calls of meta tensors alone have nothing to compare."""
+    return any(tensor.is_cpu for tensor in tensors_of(call))
 
 
 def random_calls(count: int, seed: int) -> Iterator[Call]:
@@ -276,7 +284,7 @@ def random_calls(count: int, seed: int) -> Iterator[Call]:
     made = 0
     while made < count:
         call = maker.call()
-        if on_one_device(call[1]):
+        if has_values(call):
             made += 1
             yield call
 
