@@ -100,7 +100,9 @@ class BuildOrExplain(Base):  # type: ignore[misc,valid-type]
     """A failed build leaves a note beside the package instead of stopping the installation."""
 
     def run(self) -> None:
+        inplace, compiler = self.inplace, self.compiler  # a failed run leaves both changed
         while self.extensions:
+            self.inplace, self.compiler = inplace, compiler
             try:
                 super().run()
                 break
@@ -109,6 +111,7 @@ class BuildOrExplain(Base):  # type: ignore[misc,valid-type]
                 failed = [e for e in self.extensions if e.name == CUDA] or list(self.extensions)
                 missing.update({e.name: f"{type(error).__name__}: {error}" for e in failed})
                 self.extensions = [e for e in self.extensions if e not in failed]
+        self.inplace = inplace
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         if not self.inplace:

@@ -34,7 +34,7 @@ class MapLayout {
 
   // `t`, or a copy, whose samples lie in this layout, at any distance from each other.
   Tensor bring(const Operand& t) const {
-    if (agree(t, strides_)) return t.tensor;
+    if (agree(t, strides_) && is_aligned(t.tensor.const_data_ptr(), t.dtype)) return t.tensor;
     Tensor copy = empty(t, t.rows());
     return torch::stable::copy_(copy, t.tensor);
   }

@@ -64,12 +64,15 @@ struct Blocks {
 };
 
 // Brings tensors to layouts. Those that lie otherwise are copied, each once however often it comes,
-// and the copies live as long as this.
+// and the copies live as long as this. Where values are read, not moved, they are aligned as well.
 class Copies {
  public:
+  explicit Copies(bool aligned) : aligned_(aligned) {}
+
   Blocks blocks_of(const Operand& t, const RowLayout& layout) {
     const auto* data = data_of<char>(t.tensor);
-    if (layout.holds(t)) return {data, t.strides[0] * t.element_size()};
+    if (layout.holds(t) && (!aligned_ || is_aligned(data, t.dtype)))
+      return {data, t.strides[0] * t.element_size()};
     const int64_t stride = layout.strides[0] * t.element_size();
     for (const Copy& copy : copies_) {
       if (copy.from == data && equal(copy.of, t)) return {data_of<char>(copy.kept), stride};
@@ -94,6 +97,7 @@ class Copies {
     return a.dtype == b.dtype && same(a.sizes, b.sizes) && same(a.strides, b.strides);
   }
 
+  bool aligned_;
   std::vector<Copy> copies_;
 };
 

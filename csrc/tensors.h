@@ -122,9 +122,18 @@ inline Tensor empty_rows(const Operand& like, int64_t rows, const int64_t* strid
   return empty_strided(like.device, sizes.size(), sizes.data(), strides, like.dtype);
 }
 
+// Whether values can be read where they lie; torch copies those that cannot.
+inline bool is_aligned(const void* data, ScalarType dtype) {
+  const auto size = aoti_torch_dtype_element_size(static_cast<int32_t>(dtype));
+  return reinterpret_cast<uint64_t>(data) % (size / reals_per_element(dtype)) == 0;
+}
+
 // What kernels read by pointer: plans and weights are contiguous unless somebody sliced them.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+inline Tensor as_contiguous(const Operand& t) {
+  if (!t.tensor.is_contiguous()) return torch::stable::contiguous(t.tensor);
+  if (is_aligned(t.tensor.const_data_ptr(), t.dtype)) return t.tensor;
+  Tensor copy = empty_strided(t.device, t.dims(), t.sizes.data(), t.strides.data(), t.dtype);
+  return torch::stable::copy_(copy, t.tensor);
 }
 
 template <class T>

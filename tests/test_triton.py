@@ -12,8 +12,10 @@ from itertools import pairwise
 
 import kernel_cases as cases
 import pytest
+import raw_calls
 import torch
 from tensors import DTYPES, LAYOUTS, random_bits, random_selection, random_values, row_bytes
+from test_raw_ops import raw_list
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -308,6 +310,19 @@ def test_conjugate_and_negative_views():
         outputs = [view[start:stop] for start, stop in pairwise(starts)]
         check_combine(outputs, starts[:-1], inverse)
         check_dots(view, outputs, starts[:-1], inverse)
+
+
+def test_raw_calls():
+    """Right or wrong ones: refused in the words of the reference, or its result."""
+
+    def run(op: str, *arguments):
+        return getattr(ops, op)(*arguments)
+
+    calls = [call for _, call in raw_list()] + list(raw_calls.random_calls(150, seed=0))
+    for call in calls:
+        if torch.bfloat16 not in raw_calls.dtypes(call):
+            problem = raw_calls.difference(run, call)
+            assert problem is None, f"{call[0]}{raw_calls.told(call[1])}: {problem}"
 
 
 def test_arithmetic_is_refused_where_there_is_none():

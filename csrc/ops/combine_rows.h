@@ -27,19 +27,19 @@ Tensor combine_rows(std::vector<Tensor> outputs, std::vector<int64_t> starts, co
   }
 
   const Backend backend(index.device);
-  const Tensor contiguous = as_contiguous(inverse);
+  const Tensor contiguous = as_contiguous(index);
   const auto* slot = data_of<int32_t>(contiguous);
   const RowLayout layout(from[0]);
-  Copies copies;
+  const bool moved = ranks == 1 && !weights;
+  Copies copies(!moved);
   const Slots slots(from, starts, layout, copies);
   const Tensor out = empty_rows(from[0], rows, layout.strides.data());
   if (rows == 0 || layout.bytes == 0) return out;
-  if (ranks == 1 && !weights) {
+  if (moved) {
     backend.move(slots, slot, rows, layout.bytes, static_cast<char*>(out.mutable_data_ptr()));
     return out;
   }
-  const std::optional<Tensor> factors =
-      weights ? std::optional(as_contiguous(*weights)) : std::nullopt;
+  const std::optional<Tensor> factors = scale ? std::optional(as_contiguous(*scale)) : std::nullopt;
   visit_summed(dtype, [&](auto zero) {
     using T = decltype(zero);
     backend.template sum<T>(slots, slot, factors ? data_of<Accumulator<T>>(*factors) : nullptr,

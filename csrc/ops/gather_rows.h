@@ -47,9 +47,9 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t
   }
 
   const Backend backend(index.device);
-  const Tensor contiguous = as_contiguous(order);
+  const Tensor contiguous = as_contiguous(index);
   const auto* entry = data_of<int32_t>(contiguous);
-  Copies copies;
+  Copies copies(weights.has_value());
   std::vector<Tensor> gathered;
   std::vector<Move> moves;
   gathered.reserve(from.size());
@@ -72,7 +72,7 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t
     backend.move(moves, static_cast<uint32_t>(ranks));
     return gathered;
   }
-  const Tensor factors = as_contiguous(*weights);
+  const Tensor factors = as_contiguous(*scale);
   for (size_t i = 0; i < moves.size(); ++i) {
     if (moves[i].bytes == 0) continue;
     visit_weighted(from[i].dtype, [&](auto zero) {

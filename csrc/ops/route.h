@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& selection, int64_t num_br
   const Backend backend(chosen.device);
   const bool narrow = mask || chosen.dtype == ScalarType::Int || chosen.dtype == ScalarType::Long;
   const Tensor values =
-      as_contiguous(narrow ? selection : torch::stable::to(selection, ScalarType::Long));
+      narrow ? as_contiguous(chosen)
+             : torch::stable::contiguous(torch::stable::to(selection, ScalarType::Long));
   const PlanTensors plan(chosen.device, rows, ranks, num_branches);
   const auto branches = static_cast<int>(num_branches);
   if (mask) {
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_argmax(const Tensor& logits) {
   }
 
   const Backend backend(scores.device);
-  const Tensor values = as_contiguous(logits);
+  const Tensor values = as_contiguous(scores);
   const Tensor choice = empty_vector(scores.device, rows, ScalarType::Long);
   const PlanTensors plan(scores.device, rows, 1, branches);
   visit_weighted(scores.dtype, [&](auto zero) {

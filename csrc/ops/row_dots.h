@@ -27,10 +27,10 @@ Tensor row_dots(const Tensor& rows, std::vector<Tensor> outputs, std::vector<int
   }
 
   const Backend backend(index.device);
-  const Tensor contiguous = as_contiguous(inverse);
+  const Tensor contiguous = as_contiguous(index);
   const int64_t num_rows = index.sizes[0], ranks = index.sizes[1];
   const RowLayout layout(left);
-  Copies copies;
+  Copies copies(true);
   const Blocks blocks = copies.blocks_of(left, layout);
   const Slots slots(right, starts, layout, copies);
   const Tensor dots = empty_matrix(index.device, num_rows, ranks, weight_dtype(dtype));

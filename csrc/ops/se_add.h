@@ -27,7 +27,7 @@ inline Tensor factors(const char* op, const char* name, const Operand& t, const 
   if (t.dtype != dtype || !std::equal(t.sizes.begin(), t.sizes.end(), wanted, wanted + 2)) {
     refuse(op, ": ", name, " must be ", name_of(dtype), " ", list_of(wanted), "; got ", told(t));
   }
-  return as_contiguous(t.tensor);
+  return as_contiguous(t);
 }
 
 // se_add: out = main_scale * main + aux_scale * aux on the first n samples, main behind them.

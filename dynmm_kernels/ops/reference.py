@@ -95,11 +95,12 @@ def combine_rows(
     out = empty_rows(first, inverse.shape[0])
     if inverse.shape[1] == 1 and weights is None:
         return out.copy_(_bits(pool).index_select(0, index[:, 0]).view(first.dtype))
+    scale = None if weights is None else weights.reshape(inverse.shape)
     total = torch.zeros(out.shape, dtype=_sum_dtype(first.dtype), device=out.device)
     for j in range(inverse.shape[1]):
         term = pool.index_select(0, index[:, j]).to(total.dtype)
-        if weights is not None:
-            term = term * _as_column(weights[:, j], term)
+        if scale is not None:
+            term = term * _as_column(scale[:, j], term)
         total = total + torch.where(_as_column(index[:, j] > 0, term), term, 0)
     return out.copy_(total)
 

@@ -148,7 +148,7 @@ def locate(slot, outputs, starts, stops, strides, ALIGNED: tl.constexpr):
     """For each slot: a pointer to its row, and whether an output holds it."""
     slot = slot.to(tl.int64)
     row = outputs[0] + slot * 0
-    held = slot < -1
+    held = slot != slot
     for i in tl.static_range(len(outputs)):
         start = (starts[i] >> 1) - 1
         here = (slot >= start) & (slot < (stops[i] >> 1) - 1)
