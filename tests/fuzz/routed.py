@@ -37,11 +37,9 @@ def case(draw: Draw) -> None:
     writes = any(reader.writes for reader in model.branches)
     if writes and model.context == "inference tensors":
         raise Skip("tensors of inference mode do not tell that they were written to")
-    if model.fault != "none":
-        check_fault(model)
-    else:
-        with refuses_writes(model):
-            RUNS.get(model.context, check_gradients)(model)
+    run = RUNS.get(model.context, check_gradients) if model.fault == "none" else check_fault
+    with refuses_writes(model):
+        run(model)
     for leaf, values in zip(tensors, before, strict=True):
         unchanged = torch.equal(leaf.tensor.detach(), values)
         require(unchanged, f"{leaf.role} input after the call", leaf.tensor, values)
