@@ -139,6 +139,7 @@ class Normed(nn.Module):
         (lambda y: y.mean(0), r"must have 4 rows.*got shape \[6\]"),
         (lambda y: y[:1], r"must have 4 rows.*got shape \[1, 6\]"),
         (lambda y: (y, y[:3]), r"output 1 must have 4 rows"),
+        (lambda y: (y, y.to("meta")), r"output 1 is on meta; it must be on cpu"),
     ],
 )
 def test_rows_of_a_branch_with_batch_norm_are_checked(mistake, said, way):
