@@ -68,7 +68,7 @@ def run_routed(
     rows = [counts[b] for b in own]
     whole: dict[int, Any] = {}
     if not subset_norm:
-        whole = _run_coupled(branches, batch, num_rows)
+        whole = _run_coupled(branches, batch, num_rows, plan.order.device)
     rest = None
     if learning is not None and learning.mode == "straight_through":
         rest = _run_rest(branches, batch, plan, learning, whole)  # before a graph holds memory
@@ -99,14 +99,14 @@ def call_whole(branch: Branch, batch: Arguments, num_rows: int | None) -> Any:
     return branch.call_reading(own.tensors(), own.whole(num_rows, copied=branch.in_place))
 
 
-def _run_coupled(branches: Sequence[Branch], batch: Arguments, num_rows: int) -> dict[int, Any]:
+def _run_coupled(
+    branches: Sequence[Branch], batch: Arguments, num_rows: int, device: torch.device
+) -> dict[int, Any]:
     """Outputs for the whole batch of the branches whose BatchNorm needs it, checked."""
     whole = {}
     for b, branch in enumerate(branches):
         if branch.couples_samples():
             output = call_whole(branch, batch, num_rows)
-            tensors = [leaf for leaf in tree.flatten(output)[0] if isinstance(leaf, Tensor)]
-            device = tensors[0].device if tensors else torch.device("cpu")
             validation.check_outputs([output], [num_rows], [branch.label], device)
             whole[b] = output
     return whole
