@@ -186,14 +186,19 @@ def serving() -> Kernels:
     return _thread.kernels
 
 
-@contextmanager
-def using(kernels: Kernels) -> Iterator[None]:
-    """Within the block `kernels` serve this thread."""
-    before, _thread.kernels = _thread.kernels, kernels
-    try:
-        yield
-    finally:
-        _thread.kernels = before
+class using:
+    """Within the block the given `kernels` serve this thread."""
+
+    __slots__ = ("before", "kernels")
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def __enter__(self) -> None:
+        self.before, _thread.kernels = _thread.kernels, self.kernels
+
+    def __exit__(self, *error: object) -> None:
+        _thread.kernels = self.before
 
 
 @contextmanager
