@@ -137,6 +137,39 @@ def test_a_stage_in_place_some_cells_behind_a_fusion_that_keeps_what_it_read(exe
     assert_same(loss(last), loss(out_of_place(last)))
 
 
+class Replace(nn.Module):
+    """A fusion that takes the auxiliary stream: main and aux are then one tensor."""
+
+    def forward(self, main: Tensor, aux: Tensor) -> Tensor:
+        return aux
+
+
+@pytest.mark.parametrize("depths", DEPTHS)
+def test_followers_in_place_behind_a_fusion_that_returns_what_it_read(depths):
+    """Without a graph of their own, they are kept for the gradient of the gate."""
+    gate, main = choosing(depths, 3), [mlp(CHANNELS, CHANNELS) for _ in range(2)]
+    aux, inputs = [mlp(CHANNELS, CHANNELS), relu_first()], batch("mlp", 4)
+
+    def loss(last):
+        nested = NestedFusion(gate, main, [aux[0], last], [Replace(), Add()], execution="routed")
+        return backward(nested, [gate, *main, *aux], inputs)
+
+    assert_same(loss(aux[1]), loss(out_of_place(aux[1])))
+
+
+def test_followers_in_place_once_everybody_was_dropped():
+    gate, main = choosing([0, 0, 0], 2), [mlp(CHANNELS, CHANNELS) for _ in range(3)]
+    first, fusion, last = mlp(CHANNELS, CHANNELS), WeightedSum().double(), relu_first()
+    inputs = batch("mlp", 3)
+
+    def loss(stage):
+        aux, fusions = [first, nn.Dropout(0.0), stage], [fusion, Add(), Add()]
+        chain = ChainedFusion([None, gate, None], main, aux, fusions, execution="routed")
+        return backward(chain, [gate, *main, first, fusion, last], inputs)
+
+    assert_same(loss(last), loss(out_of_place(last)))
+
+
 class Keeping(nn.Module):
     """A gate whose backward pass needs both streams as it read them."""
 
@@ -166,13 +199,6 @@ def test_stages_behind_a_gate_that_keeps_what_it_read(seed, execution):
         return backward(chain, [*gates, *main, *aux], inputs)
 
     assert_same(loss(lambda module: module), loss(out_of_place))
-
-
-class Replace(nn.Module):
-    """A fusion that takes the auxiliary stream: main and aux are then one tensor."""
-
-    def forward(self, main: Tensor, aux: Tensor) -> Tensor:
-        return aux
 
 
 @for_executions

@@ -15,8 +15,10 @@ from dynmm_kernels.version import __version__
 ROOT = Path(__file__).parents[1]
 NOTE, CUDA_NOTE, LIBRARY = "build_failure.txt", "cuda_failure.txt", "_C.abi3.so"
 NVCC = '#!/bin/sh\n[ "$1" = --version ] && echo "release 12.8, V12.8.0" && exit\nexit 1\n'
+CXX = os.environ.get("CXX", "c++")
 needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+    shutil.which(CXX) is None or subprocess.run([CXX, "--version"]).returncode != 0,
+    reason="no C++ compiler that works",
 )
 
 

@@ -161,11 +161,11 @@ class Prefix:
             self.starved += cell.starved()
         elif cell.reads:
             self.aux = cell.aux.run(cell.aux.spare(self.aux, held), read=self.inputs)
-        self.seen = sharing(self.seen, [main] if self.aux is None else [main, self.aux])
+        streams = [main, *(part for part in (self.aux, self.rest) if part is not None)]
+        self.seen = sharing(self.seen, streams)
         if not cell.fuses:
             return
-        if self.aux is not None:
-            self.see(main, self.aux)
+        self.see(*streams)
         if weights is None:
             if self.aux is not None:
                 self.main = self._fuse(cell, main, self.aux)
