@@ -94,6 +94,13 @@ def test_tensors_of_another_device_are_refused(arguments):
 
 
 @needs_cpu
+def test_tensors_of_another_device_are_refused_by_name_too():
+    refused = pytest.raises(RuntimeError, match=r"'cpu' was requested, but gather_rows .* on meta")
+    with dynmm_kernels.backend("cpu"), refused:
+        ops.kernels().gather_rows([ROWS], [0], [2], order=ORDER.to("meta"), ranks=1)
+
+
+@needs_cpu
 def test_a_call_without_tensors_but_one():
     with dynmm_kernels.backend("cpu"):
         assert ops.kernels().gather_rows([], [], [], ORDER, 1) == []

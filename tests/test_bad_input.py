@@ -249,6 +249,14 @@ def test_sample_counts_that_differ(execution, call):
         call(fusion, samples(), samples(5))
 
 
+def test_a_tensor_of_one_number_is_a_sample(call):
+    """Unlike one of no dimensions, which belongs to the whole batch."""
+    branches = [Function(lambda x, scale: x * scale)] * 2
+    fusion = RoutedFusion(choosing([0, 1, 1, 0], 2), branches, execution="routed")
+    with pytest.raises(ValueError, match=r"tensor 1 has shape \[1\], expected 4 samples"):
+        call(fusion, samples(), torch.ones(1))
+
+
 @pytest.mark.parametrize("execution", ALL_MODES)
 def test_devices_that_differ(execution, call):
     fusion = RoutedFusion(choosing([0, 1, 1, 0], 2), [nn.Bilinear(6, 6, 3)] * 2)

@@ -253,6 +253,18 @@ def test_second_derivatives_of_stacks(kind, seed):
             second_of(fusion, inputs, [tensor])
 
 
+@pytest.mark.parametrize("kind", ["nested", "chained"])
+@pytest.mark.parametrize("choice", [[1, 0, 1], [0, 0, 0]])
+def test_the_refusal_reaches_an_auxiliary_stream_that_no_gate_reads(kind, choice):
+    gate, stages = choosing(choice, 2), parts("mlp", 1)
+    fusion = NestedFusion(gate, *stages) if kind == "nested" else ChainedFusion([gate], *stages)
+    main, aux = batch("mlp", 3)
+    aux.requires_grad_()
+    (grad,) = torch.autograd.grad(fusion(main, aux).pow(2).sum(), gate.logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(grad.pow(2).sum(), aux)
+
+
 @pytest.mark.parametrize("active", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_se_add_is_differentiated_to_any_order(active, layout, backend):

@@ -374,6 +374,8 @@ def test_usage_adds_up():
     assert float(empty.expected_cost) == 0.5
     usage.reset()
     assert usage.read() == (0, (), (), None, None)
+    usage.add(routing)
+    assert usage.read()[3:] == (routing.executed_cost, pytest.approx(float(routing.expected_cost)))
 
 
 def test_usage_without_costs_and_of_a_dense_run():

@@ -9,7 +9,7 @@ from tensors import SELECTIONS, TOP1, oracle_plan, random_selection, row_values,
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from dynmm_kernels import RoutingPlan, combine, gather, route
+from dynmm_kernels import RoutingPlan, combine, functional, gather, route
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -94,6 +94,16 @@ def test_flat_weights_gradcheck():
     check_both_orders(
         lambda weights, *outputs: combine(plan, outputs, weights), (leaf(4), *leaves_of(plan, 3))
     )
+
+
+def test_gradcheck_of_a_weighted_gather_of_two_tensors():
+    """The weights learn from both."""
+    plan = route(torch.tensor([1, 0, 1]), 2)
+
+    def call(weights, *sources):
+        return torch.cat(functional.gather_rows(plan, [*sources], [0, 1, 1], [1, 0, 1], weights))
+
+    check_both_orders(call, (leaf(3, 1), leaf(3, 2), leaf(3, 2)))
 
 
 def test_complex_gradcheck():

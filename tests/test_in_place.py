@@ -270,3 +270,16 @@ def test_writes_are_not_seen_in_tensors_of_inference_mode():
         fusion(x.clone(), choice=1)
         with pytest.raises(ValueError, match="must not write into its inputs"):
             fusion(x, choice=1)
+
+
+def test_a_layer_in_place_added_to_a_branch_later():
+    """The user goes on building after the fusion was made."""
+    branches = [nn.Sequential(mlp(3)) for _ in range(2)]
+    fusion = RoutedFusion(choosing([1, 1, 1], 2), branches)
+    branches[1].insert(0, nn.ReLU(inplace=True))
+    x = torch.randn(3, FEATURES, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        out = fusion.eval()(x)
+        assert torch.equal(x, before)
+        assert torch.equal(out, branches[1](x))

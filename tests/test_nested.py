@@ -491,6 +491,11 @@ def nested_of(gate=None, main=None, aux=None, fusions=None, **settings):
         ({"main": [nn.Identity(), Function(lambda m: m[0])]}, ValueError, "main stage 2.*3 rows"),
         ({"fusions": [Function(lambda r, a: r[:, :2])] * 2}, ValueError, "fusion 1.*shape"),
         ({"fusions": [Function(lambda r, a: r.float())] * 2}, TypeError, "fusion 1.*float64"),
+        (
+            {"aux": [Function(lambda a: a.to("meta")), nn.Identity()]},
+            ValueError,
+            "aux stage 1 must return rows on cpu.*got meta",
+        ),
         ({"main": [nn.Linear(9, 9)] * 2}, RuntimeError, "in main stage 1"),
         ({"gate": choosing([0, 1, 2], 4)}, ValueError, r"\[3, 3\].*\[3, 4\]"),
         ({"gate": Function(lambda m, a: m.new_full((3, 3), torch.nan))}, ValueError, "finite"),

@@ -307,3 +307,13 @@ def test_row_dots(kernels, given, name, dtype, row_shape, layout):
     assert dots.shape == inverse.shape
     scale = exact.abs().max().item()
     assert (dots - exact).abs().max().item() <= 4 * torch.finfo(precision).eps * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_row_dots_of_complex_rows(kernels, dtype):
+    """The real part of <rows[n], y(n, j)>, which is conjugate in y."""
+    rows, y = torch.randn(2, 3, 5, dtype=dtype)
+    inverse = torch.tensor([[2], [-1], [0]], dtype=torch.int32)
+    dots = kernels.row_dots(rows, [y], [0], inverse)
+    expected = [torch.vdot(y[2], rows[0]).real, dots.new_zeros(()), torch.vdot(y[0], rows[2]).real]
+    torch.testing.assert_close(dots, torch.stack(expected).unsqueeze(1))

@@ -231,6 +231,16 @@ def test_autocast(dtype, backend):
     assert all(p.grad is not None for p in fusion.parameters())
 
 
+def test_second_derivative_of_what_autocast_computed(backend):
+    """The excitations, computed anew outside of the block, are those of the forward pass."""
+    main, aux, fusion = problem((3, 16, 5, 6), 2, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fusion(main.requires_grad_(), aux)
+    (first,) = torch.autograd.grad(out.square().sum(), main, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), main)
+    assert second.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("main", "aux", "error", "message"),
     [

@@ -3,6 +3,8 @@
 What a GPU adds (no hidden synchronisation anywhere else) is in test_gpu.py.
 """
 
+from weakref import ref
+
 import pytest
 import torch
 from models import FEATURES, toy
@@ -56,3 +58,12 @@ def test_a_fault_is_raised_with_the_counts(waits):
         with pytest.raises(ValueError, match=r"got 7 in row 1 \(2 such in all\)"):
             _ = made.counts
     assert len(waits) == 1
+
+
+def test_a_selection_is_let_go_once_it_was_checked(waits):
+    choice = torch.tensor([0, 1, 1])
+    made, alive = RoutingPlan(*ops.kernels().route(choice, 2), 2, unchecked=choice), ref(choice)
+    del choice
+    assert alive() is not None
+    assert made.counts == (1, 2)
+    assert alive() is None

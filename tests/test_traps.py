@@ -304,6 +304,15 @@ def test_autocast_with_branches_of_different_precision(execution, choice, gate_g
         assert (a - e).abs().max() <= 0.02 * max(e.abs().max(), 1e-3)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_autocast_caches_weights_as_before(cached):
+    """It caches none while samples follow without a graph."""
+    fusion = RoutedFusion(choosing([0, 1, 1], 2), [mlp(dtype=torch.float32) for _ in range(2)])
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
+        fusion(samples(3, dtype=torch.float32))
+        assert torch.is_autocast_cache_enabled() is cached
+
+
 @pytest.mark.parametrize("choice", [[0, 1, 1, 0, 0], [1] * 5])
 def test_autocast_gate_gradient(choice):
     """A gate in bf16 learns as masked makes it learn."""
