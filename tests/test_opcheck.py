@@ -317,3 +317,11 @@ def test_row_dots_of_complex_rows(kernels, dtype):
     dots = kernels.row_dots(rows, [y], [0], inverse)
     expected = [torch.vdot(y[2], rows[0]).real, dots.new_zeros(()), torch.vdot(y[0], rows[2]).real]
     torch.testing.assert_close(dots, torch.stack(expected).unsqueeze(1))
+
+
+def test_slots_outside_and_slots_twice_are_refused(kernels):
+    order, y = torch.arange(2, dtype=torch.int32), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match=r"wanted 0 <= start <= stop <= 2.*got 1 and 3"):
+        kernels.gather_rows([y], [1], [3], order, 1)
+    with pytest.raises(RuntimeError, match="output 1 must start at slot 2 or behind; got 1"):
+        kernels.combine_rows([y, y], [0, 1], order.view(2, 1))
