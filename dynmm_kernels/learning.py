@@ -64,17 +64,10 @@ class CombineSelected(Function):
     @staticmethod
     def jvp(ctx, _plan, _starts, _others, _index, _count, _hidden, probs_tangent, *tangents):
         index, *rows = ctx.saved_tensors
-        kernels, result = ops.kernels(), None
-        moving = [i for i in range(len(ctx.starts)) if tangents[i] is not None]
-        if moving:
-            starts = [ctx.starts[i] for i in moving]
-            own = [tangents[i] for i in moving]
-            result = kernels.combine_rows(own, starts, ctx.plan.inverse, None)
-        if probs_tangent is None:
-            return result
+        kernels, own = ops.kernels(), tangents[: len(ctx.starts)]
         weights = probs_tangent.to(ops.weight_dtype(rows[0].dtype))
-        learnt = kernels.combine_rows(rows, ctx.all_starts, index, weights)
-        return learnt if result is None else result + learnt
+        moved = kernels.combine_rows(own, ctx.starts, ctx.plan.inverse, None)
+        return moved + kernels.combine_rows(rows, ctx.all_starts, index, weights)
 
 
 class FusePrefix(Function):
@@ -114,13 +107,7 @@ class FusePrefix(Function):
     @staticmethod
     def jvp(ctx, _index, _count, _hidden, weights_tangent, *tangents):
         index, *rows = ctx.saved_tensors
-        parts = [
-            torch.zeros_like(row) if tangent is None else tangent
-            for row, tangent in zip(rows[: ctx.num_parts], tangents, strict=False)
-        ]
-        result = torch.cat(parts)
-        if weights_tangent is None:
-            return result
+        result = torch.cat(tangents[: ctx.num_parts])
         scale = weights_tangent.to(ops.weight_dtype(result.dtype))
         return result + ops.kernels().combine_rows(rows, ctx.starts, index, scale)
 

@@ -35,7 +35,8 @@ class Lazy:
 
     Args:
         fetch: called with the sample indices, int64 [n] on the CPU; returns a tensor [n, ...] on
-            the device where the branch computes.
+            the device where the branch computes. It may return its own store to a branch that does
+            not write there; one that begins with a layer in place gets a copy.
     """
 
     __slots__ = ("fetch",)

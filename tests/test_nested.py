@@ -15,6 +15,7 @@ from models import (
     assert_same,
     backward,
     choosing,
+    mlp,
 )
 from stacks import (
     CHANNELS,
@@ -553,3 +554,22 @@ def test_bad_construction():
         NestedFusion(gate, main, [Branch(aux[0], inputs="x"), aux[1]], fusions)
     with pytest.raises(ValueError, match="NestedFusion: execution must be one of"):
         NestedFusion(gate, main, aux, fusions, execution="fast")
+
+
+@pytest.mark.parametrize("depths", [[1, 2, 1], [2, 2, 2]])
+def test_a_fusion_that_ignores_the_main_stream_leaves_it_zeros(depths):
+    """As masked; also where both streams were sorted in one call."""
+    main = [nn.Identity(), mlp(CHANNELS, CHANNELS)]
+    aux, fusions = [mlp(CHANNELS, CHANNELS) for _ in range(2)], [SecondOf(), SecondOf()]
+    gate = choosing(depths, 3).requires_grad_(False)
+    nested = NestedFusion(gate, main, aux, fusions, execution="routed")
+    expected = masked_nested(gate, main, aux, fusions, mode="none")
+    modules, inputs = [*main, *aux], batch("mlp", 3)
+    assert_same(backward(nested, modules, inputs), backward(expected, modules, inputs))
+
+
+class SecondOf(nn.Module):
+    """A fusion that replaces the main stream."""
+
+    def forward(self, main, aux):
+        return aux

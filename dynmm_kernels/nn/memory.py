@@ -50,13 +50,15 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
 
 def depends_on(output: Tensor, tensor: Tensor) -> bool:
     """Whether the graph of `output` leads to `tensor`, which requires grad."""
-    wanted = torch.autograd.graph.get_gradient_edge(tensor).node
-    ahead = [output.grad_fn]
+    if not output.requires_grad:
+        return False
+    wanted = torch.autograd.graph.get_gradient_edge(tensor)
+    ahead = [tuple(torch.autograd.graph.get_gradient_edge(output))[:2]]
     seen = set()
-    for node in ahead:  # grows
-        if node is wanted:
+    for node, number in ahead:  # grows
+        if node is wanted.node and number == wanted.output_nr:
             return True
         if node is not None and node not in seen:
             seen.add(node)
-            ahead += [following for following, _ in node.next_functions]
-    return output is tensor
+            ahead += node.next_functions
+    return False

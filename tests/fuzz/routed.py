@@ -37,6 +37,8 @@ def case(draw: Draw) -> None:
     writes = any(reader.writes for reader in model.branches)
     if writes and model.context == "inference tensors":
         raise Skip("tensors of inference mode do not tell that they were written to")
+    if writes and draw.features.get("fetch") == "the store itself":
+        raise Skip("who fetches a store itself must not write into it")
     run = RUNS.get(model.context, check_gradients) if model.fault == "none" else check_fault
     with refuses_writes(model):
         run(model)

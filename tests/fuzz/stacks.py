@@ -136,7 +136,7 @@ def add_resource_loss(stack: Stack, routing: Any, right: Answer) -> tuple[Any, A
 
 def differentiate(outputs: list[Tensor], grads: list[Tensor], extra: Any) -> None:
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-    if extra is not None:
+    if extra is not None and extra.requires_grad:  # no gate was asked that learns: a constant
         pairs.append((extra, torch.ones_like(extra)))
     if pairs:
         torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
