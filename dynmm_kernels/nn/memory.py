@@ -53,7 +53,8 @@ def depends_on(output: Tensor, tensor: Tensor) -> bool:
     if not output.requires_grad:
         return False
     wanted = torch.autograd.graph.get_gradient_edge(tensor)
-    ahead = [tuple(torch.autograd.graph.get_gradient_edge(output))[:2]]
+    first = torch.autograd.graph.get_gradient_edge(output)
+    ahead: list[tuple[Any, int]] = [(first.node, first.output_nr)]
     seen = set()
     for node, number in ahead:  # grows
         if node is wanted.node and number == wanted.output_nr:
