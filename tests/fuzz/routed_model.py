@@ -11,6 +11,7 @@ from dynmm_kernels import Branch, RoutedFusion
 
 from .draw import Draw
 from .networks import (
+    FEATURES,
     FAULTS,
     NO_HALF,
     STRUCTURES,
@@ -137,7 +138,8 @@ def draw_branch(
     selector, reads = draw_selector(draw, f"branch {index}", arguments)
     style = draw.pick(f"branch {index}", STYLES)
     one = reads_one_tensor(reads)
-    if style == "identity" and one and structure == "tensor" and reads[0].tensor.ndim == 2:
+    fits = one and structure == "tensor" and reads[0].tensor.shape[1:] == (FEATURES,)
+    if style == "identity" and fits:
         return Reader(nn.Identity(), reads), selector
     normed = style == "batch norm"
     network: nn.Module = Network(draw, reads, dtype, structure, batch_norm=normed)
