@@ -11,8 +11,8 @@ from dynmm_kernels import Branch, RoutedFusion
 
 from .draw import Draw
 from .networks import (
-    FEATURES,
     FAULTS,
+    FEATURES,
     NO_HALF,
     STRUCTURES,
     Gate,
