@@ -143,17 +143,20 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
         raise ValueError(
             f"combine: wanted one output per branch, {plan.num_branches}; got {len(outputs)}"
         )
-    for b, count in enumerate(plan.counts):
-        if count and outputs[b] is None and any(output is not None for output in outputs):
-            raise ValueError(f"combine: branch {b} has {count} rows but no output")
-    active = [b for b, n in enumerate(plan.counts) if n or outputs[b] is not None]
+    counts, begin = plan.counts, plan.host_header
+    active = [b for b, output in enumerate(outputs) if output is not None]
     if not active:
         raise ValueError("combine: every output is None, so the shape of the result is unknown")
-    rows = [plan.counts[b] for b in active]
-    columns, spec = validation.check_outputs(
-        [outputs[b] for b in active], rows, [f"branch {b}" for b in active], plan.order.device
-    )
-    starts = [plan.starts[b] for b in active]
+    given = [outputs[b] for b in active]
+    rows, starts = [counts[b] for b in active], [begin[b] for b in active]
+    if sum(rows) < begin[plan.num_branches]:
+        b = next(b for b, count in enumerate(counts) if count and outputs[b] is None)
+        raise ValueError(f"combine: branch {b} has {counts[b]} rows but no output")
+    device = plan.order.device
+    if validation.single_tensors_fit(given, rows, device):
+        return combine_rows(plan, given, starts, weights)
+    names = [f"branch {b}" for b in active]
+    columns, spec = validation.check_outputs(given, rows, names, device)
     combined = [combine_rows(plan, column, starts, weights) for column in columns]
     return tree.unflatten(combined, spec)
 

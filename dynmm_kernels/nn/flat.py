@@ -24,48 +24,50 @@ def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
     The short way is for eval without a graph, inputs that are plain tensors which every branch
     reads, and branches that treat samples alone. It returns to the general way before anything ran.
     """
-    if fusion.execution not in ("routed", "auto") or fusion.training:
+    settings = fusion.__dict__  # past Module.__getattr__, which is slow
+    if settings["execution"] not in ("routed", "auto") or settings["training"]:
         return None
-    if fusion.select != 1 or fusion.noise == "gumbel_always":
+    if settings["select"] != 1 or settings["noise"] == "gumbel_always":
         return None
-    modules: dict[str, Any] = fusion._modules
+    modules: dict[str, Any] = settings["_modules"]
     gate, branches = modules["gate"], list(modules["branches"]._modules.values())
     num_rows = _num_rows(inputs)
     if F.follows_forward() or not num_rows or gate.inputs is not None or gate.in_place:
         return None
     for branch in branches:
-        if branch.inputs is not None or branch.norms or branch.in_place:
+        own = branch.__dict__
+        if own["inputs"] is not None or own["norms"] or own["in_place"]:
             return None
 
     logits = gate.call_reading(inputs, inputs)
     device = inputs[0].device
     validation.check_logits(logits, num_rows, len(branches), device)
     order, inverse, header = F.route_flat(logits)
-    own, starts, stops, counts, start = [], [], [], [], 0
+    chosen, starts, stops, counts, start = [], [], [], [], 0
     for b, branch in enumerate(branches):
         stop = header[b + 1]
         if start < stop:
-            own.append(branch)
+            chosen.append(branch)
             starts.append(start)
             stops.append(stop)
             counts.append(stop - start)
             start = stop
-    if len(own) == 1:
-        output = own[0].call_reading(inputs, inputs)
-        held = [*inputs, *own[0].buffers_held()]
+    if len(chosen) == 1:
+        output = chosen[0].call_reading(inputs, inputs)
+        held = [*inputs, *chosen[0].buffers_held()]
         if validation.single_tensors_fit((output,), counts, device):
             return apart(output, held)
-        columns, spec = validation.check_outputs([output], counts, [own[0].label], device)
+        columns, spec = validation.check_outputs([output], counts, [chosen[0].label], device)
         return tree.unflatten([apart(column[0], held) for column in columns], spec)
     rows = F.gather_flat(order, inputs, starts, stops)
     rows.reverse()
-    outputs = [branch.call(rows.pop()) for branch in own]  # a branch's rows are freed once used
+    outputs = [branch.call(rows.pop()) for branch in chosen]  # a branch's rows are freed once used
     if _are_rows(outputs, counts):
         try:
             return F.combine_flat(inverse, outputs, starts)
         except RuntimeError:
             pass  # what does not fit is named below
-    labels = [branch.label for branch in own]
+    labels = [branch.label for branch in chosen]
     columns, spec = validation.check_outputs(outputs, counts, labels, device)
     combined = [
         F.combine_flat(inverse, F.same_dtype(column), starts)
