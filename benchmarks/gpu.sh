@@ -26,9 +26,9 @@ stage_info() {
   python -m dynmm_kernels check
 }
 
-stage_repeat() { python -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "same_bits"; }
+stage_repeat() { python -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py -k "same_bits"; }
 
-stage_test() { python -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "not same_bits"; }
+stage_test() { python -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py -k "not same_bits"; }
 
 # A reduced set: one size of each kind, without the loops that last long under instrumentation.
 stage_sanitize() {
@@ -36,7 +36,7 @@ stage_sanitize() {
   for case in "route[cuda-33-8]" "route[cuda-16385-8]" "faults[cuda-1025]" \
     "route_argmax[cuda-1025-dtype1]" "sizes[cuda-33-1024]" "arithmetic[cuda-dtype1-64]" \
     "arithmetic[cuda-dtype1-70000]"; do
-    some+=("tests/test_gpu.py::test_$case")
+    some+=("tests/ops/test_gpu.py::test_$case")
   done
   for tool in memcheck racecheck initcheck synccheck; do
     timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \

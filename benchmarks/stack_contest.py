@@ -10,7 +10,7 @@ from benchmarks.nested import StackProblem, StackSetting, stack_costs
 from benchmarks.timing import Effort, interleave
 
 ROWS = ("static", "masked", "routed", "bare")
-TOLERANCE = 1e-4  # fp32; tests/test_nyud.py compares in fp64
+TOLERANCE = 1e-4  # fp32; tests/project/test_nyud.py compares in fp64
 
 
 @dataclass

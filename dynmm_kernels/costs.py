@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import tree
+from .functional import tree
 from .nn.arguments import Arguments
 from .nn.branch import Branch
 

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from .costs import branch_costs
 from .demo_report import Report, Row, draw, table
-from .losses import resource_loss
-from .nn import Branch, RoutedFusion
+from .nn import Branch, RoutedFusion, resource_loss
 
 E1, E2 = 0, 1
 TRAIN_BATCH, TEST_BATCH = 64, 128

@@ -1,12 +1,13 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
-from .chained import ChainedFusion
-from .fusion import RoutedFusion
-from .fusions import Add, Concat, SEAdd, WeightedSum
 from .gates import ConfidenceGate, exponential_temperature
-from .nested import NestedFusion
+from .losses import resource_loss
+from .routed.fusion import RoutedFusion
 from .routing import DepthRouting, Routing
+from .stacks.chained import ChainedFusion
+from .stacks.joins import Add, Concat, SEAdd, WeightedSum
+from .stacks.nested import NestedFusion
 from .usage import Usage
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "Usage",
     "WeightedSum",
     "exponential_temperature",
+    "resource_loss",
 ]

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional as F
-from .. import tree
-from ..plan import RoutingPlan
+from ..functional import movement, tree
+from ..functional.plan import RoutingPlan
 from .notes import note_origin
 
 
@@ -115,7 +114,9 @@ def gather_arguments(
     if len(branches) > 1 and first.plain and all(own is first for own in arguments):
         # The common case: every branch reads the same flat tensors.
         every = [i for _ in branches for i in range(size)]
-        rows = F.gather_rows(plan, first.leaves, every, [b for b in branches for _ in range(size)])
+        rows = movement.gather_rows(
+            plan, first.leaves, every, [b for b in branches for _ in range(size)]
+        )
         return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     sources: list[Tensor] = []
@@ -134,7 +135,7 @@ def gather_arguments(
                 if index[-1] == len(sources):
                     sources.append(tensor)
         places.append(place_of)
-    gathered = F.gather_rows(plan, sources, index, owner) if index else []
+    gathered = movement.gather_rows(plan, sources, index, owner) if index else []
     return [
         own.of(_rows_of(own, plan, branch, gathered, place_of, writes))
         for branch, own, place_of, writes in zip(branches, arguments, places, copied, strict=True)

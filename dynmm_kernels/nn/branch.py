@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -209,3 +210,19 @@ def as_branch(module: nn.Module, name: str) -> Branch:
     named = copy.copy(module)  # the same module and hooks under a name of its own
     named.name = name
     return named
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """torch.no_grad for modules that run again with a graph.
+
+    In torch 2.10 autocast hands the weights it cast here, without a graph, to the later run,
+    whose parameters then get no gradient; so it must not keep them.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..plan import RoutingPlan
-from .decisions import TopOne
+from ..functional.plan import RoutingPlan
+from .decision import TopOne
 
 
 @dataclass(frozen=True, eq=False)

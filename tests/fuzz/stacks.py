@@ -38,6 +38,8 @@ def case(chained: bool, draw: Draw) -> None:
     small = stack.num_rows * (2 if stack.streams[0].ndim > 2 else 1) < 2
     if small and stack.has_norms and stack.fusion.training:
         raise Skip("BatchNorm needs two values")
+    if stack.has_norms and stack.fusion.training and "one row" in stack.layouts:
+        raise Skip("BatchNorm divides rounding errors by a variance of zero")
     writes = any(part.kind == "writes" for part in stack.joins)
     if writes and stack.context.startswith("inference"):
         raise Skip("tensors of inference mode do not tell that they were written to")

@@ -208,6 +208,10 @@ class Stack:
         )
 
     @property
+    def layouts(self) -> tuple[Any, ...]:
+        return tuple(self.draw.features.get(f"layout of {name}") for name in ("main", "aux"))
+
+    @property
     def has_norms(self) -> bool:
         return any(part.kind == "batch norm" for part in (*self.main, *self.aux))
 

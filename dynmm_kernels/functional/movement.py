@@ -1,0 +1,243 @@
+"""Rows to their branches and back: gather, combine, and what nested sets need instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from . import autograd, checks, learning, tree
+from .plan import RoutingPlan
+
+
+def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
+    """Each branch's own rows.
+
+    Args:
+        plan: from `route`.
+        tensors: a tensor [N, ...] or a pytree of such; None, numbers, 0-dim tensors and
+            `Shared` tensors pass through.
+
+    Returns:
+        A list over the branches: the same pytree with leaves [n_b, ...]. Memory format is kept.
+
+    Raises:
+        ValueError: a tensor's dim 0 is not N, or it is on another device than the plan.
+    """
+    leaves, spec = tree.flatten(tensors)
+    rows, _, _ = tree.find_rows(leaves, "gather", plan.num_rows)
+    for i in rows:
+        checks.check_source(leaves[i], plan)
+    branches = range(plan.num_branches)
+    sources = [leaves[i] for i in rows]
+    index = [i for _ in branches for i in range(len(rows))]
+    moved = [b for b in branches for _ in rows]
+    gathered = iter(gather_rows(plan, sources, index, moved) if moved else ())
+    results = []
+    for _ in branches:
+        own = [leaf.tensor if isinstance(leaf, tree.Shared) else leaf for leaf in leaves]
+        for i in rows:
+            own[i] = next(gathered)
+        results.append(tree.unflatten(own, spec))
+    return results
+
+
+def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = None) -> Any:
+    """Puts the branches' outputs back in sample order: the transpose of `gather`.
+
+    out[n] = sum_j weights[n, j] * outputs[branch(n, j)][row], summed in rank order in fp32 (fp64
+    for fp64), zeros for a sample with no branch.
+
+    Args:
+        plan: the plan the rows were gathered with.
+        outputs: one pytree per branch, leaves [n_b, ...]; None where the branch has no rows.
+        weights: floating [N, k], or [N] where k is 1.
+
+    Raises:
+        ValueError, TypeError: an output whose structure, row count, shape or dtype differs; the
+            message names the branch.
+    """
+    if len(outputs) != plan.num_branches:
+        raise ValueError(
+            f"combine: wanted one output per branch, {plan.num_branches}; got {len(outputs)}"
+        )
+    counts, begin = plan.counts, plan.host_header
+    active = [b for b, output in enumerate(outputs) if output is not None]
+    if not active:
+        raise ValueError("combine: every output is None, so the shape of the result is unknown")
+    given = [outputs[b] for b in active]
+    rows, starts = [counts[b] for b in active], [begin[b] for b in active]
+    if sum(rows) < begin[plan.num_branches]:
+        b = next(b for b, count in enumerate(counts) if count and outputs[b] is None)
+        raise ValueError(f"combine: branch {b} has {counts[b]} rows but no output")
+    device = plan.order.device
+    if checks.single_tensors_fit(given, rows, device):
+        return combine_rows(plan, given, starts, weights)
+    names = [f"branch {b}" for b in active]
+    columns, spec = checks.check_outputs(given, rows, names, device)
+    combined = [combine_rows(plan, column, starts, weights) for column in columns]
+    return tree.unflatten(combined, spec)
+
+
+def gather_rows(
+    plan: RoutingPlan,
+    sources: list[Tensor],
+    index: Sequence[int],
+    branches: Sequence[int],
+    weights: Tensor | None = None,
+) -> list[Tensor]:
+    """For each i: the rows of sources[index[i]] that go to branches[i]; all in one call."""
+    starts = plan.host_header
+    begin = [starts[b] for b in branches]
+    end = [starts[b + 1] for b in branches]
+    return autograd.gather(plan, sources, index, begin, end, weights)
+
+
+def combine_rows(
+    plan: RoutingPlan, outputs: Sequence[Any], starts: list[int], weights: Tensor | None = None
+) -> Any:
+    """One leaf of every active branch, back in sample order."""
+    first = outputs[0]
+    if not isinstance(first, Tensor):
+        return first
+    outputs = same_dtype(outputs)
+    if weights is None and plan.ranks == 1:
+        return autograd.combine(plan, outputs, starts, None)
+    if first.dtype == torch.bool:
+        raise TypeError("combine: bool outputs cannot be summed; return them as integers")
+    if weights is not None:
+        weights = checks.check_weights(weights, plan, first.dtype)
+    return autograd.combine(plan, outputs, starts, weights)
+
+
+def combine_selected(
+    plan: RoutingPlan,
+    outputs: Sequence[Any],
+    starts: list[int],
+    probs: Tensor,
+    others: Sequence[Any],
+    other_starts: list[int],
+    index: Tensor,
+    hidden: learning.Hidden | None,
+) -> Any:
+    """combine_rows without weights, which also sends the gate its straight-through gradient.
+
+    d loss / d probs[n, m] = <d loss / d out[n], row(index[n, m])>, where the rows are those of
+    `outputs` and then those of `others`, at the slots `starts` and `other_starts`; -1: no row, no
+    gradient. The rows themselves get no gradient on this way: in the forward pass the weight of a
+    selected branch is one, of any other zero.
+
+    `hidden`: what the rows of `others` were computed from without a graph. Second derivatives with
+    respect to these tensors are refused; where there are none, all are exact.
+    """
+    first = outputs[0]
+    if not isinstance(first, Tensor):
+        return first
+    if not first.is_floating_point() and not first.is_complex():
+        return combine_rows(plan, outputs, starts)
+    outputs = same_dtype(outputs)
+    others = [other.to(outputs[0].dtype) for other in others]
+    return learning.CombineSelected.apply(
+        plan, starts, other_starts, index, len(outputs), hidden, probs, *outputs, *others
+    )
+
+
+def touch(
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    sparse: Sequence[bool] | None = None,
+    hidden: learning.Hidden | None = None,
+) -> Sequence[Tensor]:
+    """The outputs, with `tensors` in their graph: these get gradients of exactly zero, not None.
+
+    Args:
+        outputs: tensors that nobody else holds, none of them a leaf of a graph.
+        sparse: whose zeros are sparse; default: nobody's.
+        hidden: what the zeros depend on in masked execution, where a derivative of them is refused.
+    """
+    sparse = [False] * len(tensors) if sparse is None else sparse
+    outputs = [output.clone() if output._is_view() else output for output in outputs]
+    return learning.Touch.apply(len(outputs), sparse, hidden, *outputs, *tensors)
+
+
+def gather_flat(
+    order: Tensor, tensors: Sequence[Tensor], starts: list[int], stops: list[int]
+) -> list[Sequence[Tensor]]:
+    """For each range of slots of a top-1 order: its rows of every tensor. Records no graph."""
+    size = len(tensors)
+    gather = ops.serving().gather_rows
+    if size == 1:
+        return [(rows,) for rows in gather([*tensors] * len(starts), starts, stops, order, 1)]
+    starts = [start for start in starts for _ in range(size)]
+    stops = [stop for stop in stops for _ in range(size)]
+    rows = gather([*tensors] * (len(starts) // size), starts, stops, order, 1)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
+    """Tensors of one dtype, by slots of a top-1 plan, in sample order. Records no graph."""
+    return ops.serving().combine_rows(outputs, starts, inverse)
+
+
+def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all: under autocast branches may end in different ones."""
+    dtype = outputs[0].dtype
+    for output in outputs:
+        if output.dtype is not dtype:
+            dtype = torch.promote_types(dtype, output.dtype)
+    return dtype
+
+
+def same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """All in `widest_dtype`."""
+    dtype = widest_dtype(outputs)
+    if all(output.dtype is dtype for output in outputs):
+        return outputs
+    return [output.to(dtype) for output in outputs]
+
+
+def gather_slots(
+    plan: RoutingPlan,
+    sources: Sequence[Tensor],
+    index: Sequence[int],
+    starts: Sequence[int],
+    stops: Sequence[int],
+) -> list[Tensor]:
+    """For each i: the rows of sources[index[i]] in the slots starts[i]..stops[i]; one call."""
+    return autograd.gather(plan, [*sources], index, [*starts], [*stops], None)
+
+
+def fuse_prefix(
+    head: Tensor | None,
+    tail: Tensor | None,
+    fused: Tensor | None,
+    rest: Tensor | None,
+    weights: Tensor,
+    exact: bool,
+    hidden: learning.Hidden | None,
+) -> Tensor:
+    """[N, ...]: the rows `fused` and behind them `tail`; the gate learns from it.
+
+    d loss / d weights[n] = (<d loss / d out[n], own row n>, <d loss / d out[n], fused row n>).
+
+    Args:
+        head, tail: the samples' own rows, [n, ...] and [N-n, ...]; None where there are none.
+        fused: [n, ...], what `head` is fused to.
+        rest: [r, ...], what the first r rows of `tail` would be fused to; without a graph.
+        weights: [N, 2], of own and fused rows. Their values are taken to be (0, 1) for the first n
+            samples and (1, 0) behind them.
+        exact: also give a gradient to the weights that are 0.
+        hidden: as in `combine_selected`.
+    """
+    parts = [part for part in (fused, tail) if part is not None]
+    others = [part for part in (head, rest) if exact and part is not None]
+    dtype, size = widest_dtype(parts), weights.shape[0]
+    slot = torch.arange(size, dtype=torch.int32, device=weights.device)
+    other = slot + size if exact else torch.full_like(slot, -1)
+    active = slot < (0 if fused is None else fused.shape[0])
+    index = torch.stack([torch.where(active, other, slot), torch.where(active, slot, other)], 1)
+    blocks = [part.to(dtype) for part in (*parts, *others)]
+    return learning.FusePrefix.apply(index, len(parts), hidden, weights, *blocks)

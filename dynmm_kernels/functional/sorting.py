@@ -1,0 +1,134 @@
+"""Every way to make a plan: by choice, by the largest logit, by depth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from . import checks
+from .plan import RoutingPlan, host_copy
+
+
+def route(selection: Tensor, num_branches: int) -> RoutingPlan:
+    """Sorts samples by the branch they chose.
+
+    Args:
+        selection: integer [N] or [N, k], each value a branch in 0..B-1 or -1 for no branch; or
+            bool [N, B], True where the sample takes the branch.
+        num_branches: B.
+
+    Raises:
+        TypeError: `selection` is neither integer nor bool.
+        ValueError: wrong shape, more than 2**31 - 2 entries or 2**20 branches, or a value outside
+            -1..B-1 (on a GPU it is raised when the counts are first read).
+    """
+    given = selection
+    plain = type(selection) is Tensor and selection.ndim == 1 and selection.dtype is torch.int64
+    if not (
+        plain
+        and type(num_branches) is int
+        and 1 <= num_branches <= checks.MAX_BRANCHES
+        and selection.shape[0] < checks.MAX_ENTRIES
+    ):
+        checks.check_selection(selection, num_branches)
+        if selection.dtype in checks.UNSIGNED:
+            # A value past int64 wraps to a negative one: out of range, but never "no branch".
+            wide = selection.long()
+            selection = torch.where(wide < 0, num_branches, wide)
+    order, inverse, header = ops.serving().route(selection, num_branches)
+    if not selection.is_cpu:
+        return RoutingPlan(order, inverse, header, num_branches, unchecked=given)
+    plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
+    if plan.host_header[-2]:
+        plan.check(given)
+    return plan
+
+
+def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+    """Sorts samples by their largest logit (ties: the first branch), in one pass.
+
+    Args:
+        logits: floating [N, B].
+
+    Returns:
+        choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
+        maximum) count as `plan.faults` and choose -1.
+    """
+    choice, order, inverse, header = ops.serving().route_argmax(logits)
+    return choice, RoutingPlan(order, inverse, header, logits.shape[1])
+
+
+def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> RoutingPlan:
+    """The plan of an integer selection [N, k]; all of a row that is `undefined` [N, 1] is faulty.
+
+    The faults are left to `checks.check_faults`.
+    """
+    checks.check_entries(selection.numel())
+    selection = torch.where(undefined, -2, selection)
+    order, inverse, header = ops.kernels().route(selection, num_branches)
+    return RoutingPlan(order, inverse, header, num_branches)
+
+
+def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
+    """The plan of all (sample, branch) that were not chosen, k = B.
+
+    Its offsets follow from those of `plan`, so the host knows them without another copy.
+
+    Args:
+        plan: a plan in which no sample has a branch twice.
+        selected: bool [N, B], what `plan` routes.
+
+    Raises:
+        ValueError: too many entries; the slots of both plans together are int32.
+    """
+    checks.check_entries(selected.numel() + plan.order.shape[0])
+    order, inverse, header = ops.kernels().route(~selected, plan.num_branches)
+    starts = [b * plan.num_rows - start for b, start in enumerate(plan.starts)]
+    return RoutingPlan(order, inverse, header, plan.num_branches, [*starts, 0, -1])
+
+
+def route_descending(level: Tensor, num_levels: int) -> RoutingPlan:
+    """Sorts samples by `level`, the highest first, stable in n: nested sets become prefixes.
+
+    Args:
+        level: int64 [N] in 0..num_levels-1. -1 (what `route_argmax` answers to an undefined row)
+            counts as a fault; of other values ask `check_levels`.
+
+    Returns:
+        A plan whose branch i is the level num_levels - 1 - i.
+    """
+    order, inverse, header = ops.kernels().route(num_levels - 1 - level, num_levels)
+    return RoutingPlan(order, inverse, header, num_levels)
+
+
+def check_levels(plan: RoutingPlan, level: Tensor, name: str) -> None:
+    """Raises ValueError for the first of the `level`s, called `name`, that is out of range."""
+    faults, _ = plan.faults
+    if faults or plan.starts[-1] != plan.num_rows:  # a level too high looks like "no branch"
+        top = plan.num_branches - 1
+        wrong = ((level < 0) | (level > top)).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{name} must be in 0..{top}; got {level[wrong[0]].item()} in row {wrong[0]} "
+            f"({len(wrong)} such in all)"
+        )
+
+
+def permutation(order: Tensor) -> RoutingPlan:
+    """The plan of one branch that takes every sample, in the order int32 [N] given."""
+    size = order.shape[0]
+    slots = torch.arange(size, dtype=torch.int32, device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order.long(), slots)
+    header = order.new_zeros(4)
+    header[1].fill_(size)
+    header[3].fill_(-1)
+    return RoutingPlan(order, inverse.view(size, 1), header, 1, [0, size, 0, -1])
+
+
+def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """`route_argmax` as order, inverse and the header on the host, without faults."""
+    _, order, inverse, header = ops.serving().route_argmax(logits)
+    host_header = header.tolist() if header.is_cpu else host_copy(header)()
+    if host_header[-2]:
+        checks.check_faults(logits, host_header)
+    return order, inverse, host_header

@@ -1,0 +1,1 @@
+"""Whole branches: each sample runs the one its gate chooses."""

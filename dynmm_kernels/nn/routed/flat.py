@@ -1,0 +1,101 @@
+"""The short way through RoutedFusion for its plainest use.
+
+With branches of a few microseconds the bookkeeping of the general way takes longer than the work.
+What it does is the same: route, gather, call, combine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ...functional import autograd, checks, movement, sorting, tree
+from ..memory import apart
+
+if TYPE_CHECKING:
+    from .fusion import RoutedFusion
+
+
+def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
+    """The fused output, or None where the general way must be taken.
+
+    The short way is for eval without a graph, inputs that are plain tensors which every branch
+    reads, and branches that treat samples alone. It returns to the general way before anything ran.
+    """
+    settings = fusion.__dict__  # past Module.__getattr__, which is slow
+    if settings["execution"] not in ("routed", "auto") or settings["training"]:
+        return None
+    if settings["select"] != 1 or settings["noise"] == "gumbel_always":
+        return None
+    modules: dict[str, Any] = settings["_modules"]
+    gate, branches = modules["gate"], list(modules["branches"]._modules.values())
+    num_rows = _num_rows(inputs)
+    if autograd.follows_forward() or not num_rows or gate.inputs is not None or gate.in_place:
+        return None
+    for branch in branches:
+        own = branch.__dict__
+        if own["inputs"] is not None or own["norms"] or own["in_place"]:
+            return None
+
+    logits = gate.call_reading(inputs, inputs)
+    device = inputs[0].device
+    checks.check_logits(logits, num_rows, len(branches), device)
+    order, inverse, header = sorting.route_flat(logits)
+    chosen, starts, stops, counts, start = [], [], [], [], 0
+    for b, branch in enumerate(branches):
+        stop = header[b + 1]
+        if start < stop:
+            chosen.append(branch)
+            starts.append(start)
+            stops.append(stop)
+            counts.append(stop - start)
+            start = stop
+    if len(chosen) == 1:
+        output = chosen[0].call_reading(inputs, inputs)
+        held = [*inputs, *chosen[0].buffers_held()]
+        if checks.single_tensors_fit((output,), counts, device):
+            return apart(output, held)
+        columns, spec = checks.check_outputs([output], counts, [chosen[0].label], device)
+        return tree.unflatten([apart(column[0], held) for column in columns], spec)
+    rows = movement.gather_flat(order, inputs, starts, stops)
+    rows.reverse()
+    outputs = [branch.call(rows.pop()) for branch in chosen]  # a branch's rows are freed once used
+    if _are_rows(outputs, counts):
+        try:
+            return movement.combine_flat(inverse, outputs, starts)
+        except RuntimeError:
+            pass  # what does not fit is named below
+    labels = [branch.label for branch in chosen]
+    columns, spec = checks.check_outputs(outputs, counts, labels, device)
+    combined = [
+        movement.combine_flat(inverse, movement.same_dtype(column), starts)
+        if isinstance(column[0], Tensor)
+        else column[0]
+        for column in columns
+    ]
+    return tree.unflatten(combined, spec)
+
+
+def _are_rows(outputs: list[Any], counts: list[int]) -> bool:
+    """Whether each is one tensor with as many rows as it should have."""
+    for output, count in zip(outputs, counts):  # noqa: B905 (strict costs as much as the check)
+        if type(output) is not Tensor:
+            return False
+        shape = output.shape
+        if not shape or shape[0] != count:
+            return False
+    return True
+
+
+def _num_rows(inputs: tuple[Any, ...]) -> int:
+    """N, or 0 unless all inputs are plain tensors of N samples on one device."""
+    num_rows, device = 0, None
+    for tensor in inputs:
+        if type(tensor) is not Tensor or tensor.is_sparse or not tensor.ndim:
+            return 0
+        size = tensor.shape[0]
+        if device is not None and (size != num_rows or tensor.device != device):
+            return 0
+        num_rows, device = size, tensor.device
+    return num_rows

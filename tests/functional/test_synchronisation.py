@@ -1,0 +1,70 @@
+"""How often the host waits for a plan: counted where the wait happens, so that no GPU is needed.
+
+What a GPU adds (no hidden synchronisation anywhere else) is in test_gpu.py.
+"""
+
+from weakref import ref
+
+import pytest
+import torch
+from models import FEATURES, toy
+
+from dynmm_kernels import RoutedFusion, combine, gather, ops
+from dynmm_kernels.functional import plan
+from dynmm_kernels.functional.plan import RoutingPlan
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[int]:
+    """One entry per wait for a plan's counts, which stand in for the copy from a GPU."""
+    waited: list[int] = []
+
+    def host_copy(header):
+        def wait():
+            waited.append(1)
+            return header.tolist()
+
+        return wait
+
+    monkeypatch.setattr(plan, "host_copy", host_copy)
+    return waited
+
+
+@pytest.mark.parametrize("gate_grad", ["straight_through", "selected", "none"])
+def test_a_training_step_waits_once(waits, gate_grad):
+    fusion = RoutedFusion(*toy(), gate_grad=gate_grad)
+    output, routing = fusion(torch.randn(32, FEATURES).double(), return_routing=True)
+    output.sum().backward()
+    assert routing.counts == routing.plan.counts
+    assert sum(routing.counts) == 32
+    assert len(waits) == 1
+
+
+def test_a_plan_in_use_never_waits_again(waits):
+    fusion = RoutedFusion(*toy()).eval()
+    x = torch.randn(32, FEATURES).double()
+    _, routing = fusion(x, return_routing=True)
+    assert len(waits) == 1
+    for _ in range(3):
+        assert torch.equal(combine(routing.plan, gather(routing.plan, x)), x)
+    assert len(waits) == 1
+
+
+def test_a_fault_is_raised_with_the_counts(waits):
+    """As `route` leaves it on a GPU: nothing is read before somebody needs the counts."""
+    choice = torch.tensor([0, 7, 1, -2])
+    made = RoutingPlan(*ops.kernels().route(choice, 2), 2, unchecked=choice)
+    assert not waits
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"got 7 in row 1 \(2 such in all\)"):
+            _ = made.counts
+    assert len(waits) == 1
+
+
+def test_a_selection_is_let_go_once_it_was_checked(waits):
+    choice = torch.tensor([0, 1, 1])
+    made, alive = RoutingPlan(*ops.kernels().route(choice, 2), 2, unchecked=choice), ref(choice)
+    del choice
+    assert alive() is not None
+    assert made.counts == (1, 2)
+    assert alive() is None
