@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from . import tree
-from .plan import RoutingPlan
+from .plan import FAULTS, FIRST, RoutingPlan
 
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -97,15 +97,27 @@ def check_faults(
 ) -> None:
     """Raises ValueError for the first row of `logits` without a defined softmax.
 
-    `samples[row]` is the row of the batch that the logits are for; None: the same.
+    Args:
+        header: of a plan, whose faulty entries are those of such rows.
+        samples: samples[row] is the row of the batch that the logits are for; None: the same.
     """
-    faults, row = header[-2] // entries_per_row, header[-1] // entries_per_row
-    if faults:
-        sample = row if samples is None else int(samples[row])
-        raise ValueError(
-            f"{gate}'s logits must have a finite maximum and no nan; got "
-            f"{logits[row].tolist()} in row {sample} ({faults} such rows in all)"
-        )
+    count, row = header[FAULTS] // entries_per_row, header[FIRST] // entries_per_row
+    if count:
+        _raise_undefined(logits, row, count, gate, row if samples is None else int(samples[row]))
+
+
+def check_defined(logits: Tensor, undefined: Tensor, gate: str = "the gate") -> None:
+    """As `check_faults`, of rows bool [N] that are `undefined`; where nobody makes a plan."""
+    if undefined.any():
+        row = int(undefined.int().argmax())
+        _raise_undefined(logits, row, int(undefined.sum()), gate, row)
+
+
+def _raise_undefined(logits: Tensor, row: int, count: int, gate: str, sample: int) -> NoReturn:
+    raise ValueError(
+        f"{gate}'s logits must have a finite maximum and no nan; got {logits[row].tolist()} in row "
+        f"{sample} ({count} such rows in all)"
+    )
 
 
 def check_source(leaf: Any, plan: RoutingPlan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -115,52 +115,65 @@ def combine_rows(
 
 def combine_selected(
     plan: RoutingPlan,
-    outputs: Sequence[Any],
+    rows: Sequence[Any],
     starts: list[int],
+    count: int,
     probs: Tensor,
-    others: Sequence[Any],
-    other_starts: list[int],
     index: Tensor,
     hidden: learning.Hidden | None,
 ) -> Any:
-    """combine_rows without weights, which also sends the gate its straight-through gradient.
+    """combine_rows of the first `count` leaves, which also sends the gate its gradient.
 
-    d loss / d probs[n, m] = <d loss / d out[n], row(index[n, m])>, where the rows are those of
-    `outputs` and then those of `others`, at the slots `starts` and `other_starts`; -1: no row, no
-    gradient. The rows themselves get no gradient on this way: in the forward pass the weight of a
-    selected branch is one, of any other zero.
+    d loss / d probs[n, m] = <d loss / d out[n], row(index[n, m])>, out of all leaves, at the slots
+    `starts`; -1: no row, no gradient. The rows themselves get no gradient on this way: in the
+    forward pass the weight of a selected branch is one, of any other zero.
 
-    `hidden`: what the rows of `others` were computed from without a graph. Second derivatives with
-    respect to these tensors are refused; where there are none, all are exact.
+    `hidden`: what the leaves behind the first `count` were computed from without a graph. Second
+    derivatives with respect to these tensors are refused; where there are none, all are exact.
     """
-    first = outputs[0]
+    first, own = rows[0], starts[:count]
     if not isinstance(first, Tensor):
         return first
-    if not first.is_floating_point() and not first.is_complex():
-        return combine_rows(plan, outputs, starts)
-    outputs = same_dtype(outputs)
-    others = [other.to(outputs[0].dtype) for other in others]
+    if not carries_gradient(first):
+        return combine_rows(plan, rows[:count], own)
+    outputs = same_dtype(rows[:count])
+    others = [other.to(outputs[0].dtype) for other in rows[count:]]
     return learning.CombineSelected.apply(
-        plan, starts, other_starts, index, len(outputs), hidden, probs, *outputs, *others
+        plan, own, starts[count:], index, count, hidden, probs, *outputs, *others
     )
 
 
 def touch(
-    outputs: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    sparse: Sequence[bool] | None = None,
+    leaves: Sequence[Any],
+    tensors: Iterable[Tensor],
     hidden: learning.Hidden | None = None,
-) -> Sequence[Tensor]:
-    """The outputs, with `tensors` in their graph: these get gradients of exactly zero, not None.
+    sparse: Container[int] = (),
+) -> list[Any]:
+    """The leaves, with `tensors` in their graph: these get gradients of exactly zero, not None.
+
+    So an optimiser treats them as when masked, and distributed training finds each of them used.
 
     Args:
-        outputs: tensors that nobody else holds, none of them a leaf of a graph.
-        sparse: whose zeros are sparse; default: nobody's.
+        leaves: outputs that nobody else holds, none of them a leaf of a graph.
+        tensors: only those that require grad are touched.
         hidden: what the zeros depend on in masked execution, where a derivative of them is refused.
+        sparse: ids of the tensors whose zeros are sparse.
     """
-    sparse = [False] * len(tensors) if sparse is None else sparse
-    outputs = [output.clone() if output._is_view() else output for output in outputs]
-    return learning.Touch.apply(len(outputs), sparse, hidden, *outputs, *tensors)
+    leaves, wanting = [*leaves], [tensor for tensor in tensors if tensor.requires_grad]
+    places = [i for i, leaf in enumerate(leaves) if carries_gradient(leaf)]
+    if not (wanting and places and torch.is_grad_enabled()):
+        return leaves
+    outputs = [leaves[i].clone() if leaves[i]._is_view() else leaves[i] for i in places]
+    zeros = [id(tensor) in sparse for tensor in wanting]
+    touched = learning.Touch.apply(len(outputs), zeros, hidden, *outputs, *wanting)
+    for i, leaf in zip(places, touched, strict=True):
+        leaves[i] = leaf
+    return leaves
+
+
+def carries_gradient(leaf: Any) -> bool:
+    """Whether it is a tensor that may have a gradient."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def gather_flat(

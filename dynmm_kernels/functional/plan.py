@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+FAULTS, FIRST = -2, -1  # where a header holds the number of faulty entries, and the first
+
 
 class RoutingPlan:
     """Which samples go to which branch, sorted by branch. Made by `route`; not to be changed.
@@ -53,7 +55,7 @@ class RoutingPlan:
         self.num_rows, self.ranks = inverse.shape
         self._host = host_header
         self._unchecked = unchecked
-        self._read = header.tolist if host_header is not None else host_copy(header)
+        self._read: Callable[[], list[int]] | None = None
         self._counts: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
@@ -72,10 +74,20 @@ class RoutingPlan:
             ValueError: `route` was given a value that names no branch.
         """
         if self._host is None:
-            self._host = self._read()
+            self._host = self._wait()
         if self._unchecked is not None:
             self.check(self._unchecked)
         return self._host
+
+    def prefetch(self) -> RoutingPlan:
+        """Starts the copy of the counts to the host, where they will be needed."""
+        if self._host is None and self._read is None:
+            self._read = host_copy(self.header)
+        return self
+
+    def _wait(self) -> list[int]:
+        read, self._read = self._read or host_copy(self.header), None
+        return read()
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -99,7 +111,7 @@ class RoutingPlan:
     def check(self, selection: Tensor) -> None:
         """Raises ValueError for the first value of `selection` that names no branch."""
         if self._host is None:
-            self._host = self._read()
+            self._host = self._wait()
         count, first = self._host[-2:]
         if count:
             raise ValueError(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from . import checks
-from .plan import RoutingPlan, host_copy
+from .plan import FAULTS, RoutingPlan, host_copy
 
 
 def route(selection: Tensor, num_branches: int) -> RoutingPlan:
@@ -38,9 +38,9 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             selection = torch.where(wide < 0, num_branches, wide)
     order, inverse, header = ops.serving().route(selection, num_branches)
     if not selection.is_cpu:
-        return RoutingPlan(order, inverse, header, num_branches, unchecked=given)
+        return RoutingPlan(order, inverse, header, num_branches, unchecked=given).prefetch()
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
-    if plan.host_header[-2]:
+    if plan.host_header[FAULTS]:
         plan.check(given)
     return plan
 
@@ -59,13 +59,18 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
     return choice, RoutingPlan(order, inverse, header, logits.shape[1])
 
 
+def choose(logits: Tensor) -> Tensor:
+    """int64 [N]: what `route_argmax` chooses, without a plan; -1 in an undefined row."""
+    return ops.serving().route_argmax(logits)[0]
+
+
 def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> RoutingPlan:
-    """The plan of an integer selection [N, k]; all of a row that is `undefined` [N, 1] is faulty.
+    """The plan of an integer selection [N, k]; all of a row that is `undefined` [N] is faulty.
 
     The faults are left to `checks.check_faults`.
     """
     checks.check_entries(selection.numel())
-    selection = torch.where(undefined, -2, selection)
+    selection = torch.where(undefined.unsqueeze(1), -2, selection)
     order, inverse, header = ops.kernels().route(selection, num_branches)
     return RoutingPlan(order, inverse, header, num_branches)
 
@@ -102,6 +107,11 @@ def route_descending(level: Tensor, num_levels: int) -> RoutingPlan:
     return RoutingPlan(order, inverse, header, num_levels)
 
 
+def at_least(plan: RoutingPlan, level: int) -> int:
+    """How many samples of a plan from `route_descending` have that level or a higher one."""
+    return plan.host_header[plan.num_branches - level]
+
+
 def check_levels(plan: RoutingPlan, level: Tensor, name: str) -> None:
     """Raises ValueError for the first of the `level`s, called `name`, that is out of range."""
     faults, _ = plan.faults
@@ -129,6 +139,6 @@ def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """`route_argmax` as order, inverse and the header on the host, without faults."""
     _, order, inverse, header = ops.serving().route_argmax(logits)
     host_header = header.tolist() if header.is_cpu else host_copy(header)()
-    if host_header[-2]:
+    if host_header[FAULTS]:
         checks.check_faults(logits, host_header)
     return order, inverse, host_header

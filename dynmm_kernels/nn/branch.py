@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Branch(nn.Module):
         name: used in messages and tables; default: its position or key in the fusion.
         cost: per sample, in any unit (multiply-accumulates, ms), for `Routing` and `resource_loss`.
     """
+
+    title: str | None = None  # what messages call it; None: branch, and its name
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Branch(nn.Module):
     @property
     def label(self) -> str:
         """What messages call it."""
-        return f"branch {self.name!r}"
+        return self.title or f"branch {self.name!r}"
 
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
@@ -171,6 +173,16 @@ class Branch(nn.Module):
             )
         return output
 
+    def call_whole(self, batch: Arguments, num_rows: int | None) -> Any:
+        """`call_reading` for all samples; a copy of them where it may write."""
+        own = self.arguments(batch)
+        return self.call_reading(own.tensors(), own.whole(num_rows, copied=self.in_place))
+
+    def read_from(self, batch: Arguments) -> list[Tensor]:
+        """What its outputs depend on and requires grad: parameters, and tensors that it reads."""
+        tensors = [*self.parameters(), *self.arguments(batch).held()]
+        return [tensor for tensor in tensors if tensor.requires_grad]
+
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
         """BatchNorm goes on using batch statistics, but does not record them."""
@@ -190,6 +202,15 @@ class Branches(nn.ModuleList):
     def __setitem__(self, index: int, module: nn.Module) -> None:
         super().__setitem__(index, in_place_of(self[index], module))
 
+    def all(self) -> list[Any]:
+        """As a list, sooner than by iteration."""
+        return [*self._modules.values()]
+
+
+def part(module: nn.Module, name: str) -> Any:
+    """The submodule of that name, past Module.__getattr__, which is slow."""
+    return module._modules[name]
+
 
 def in_place_of(old: nn.Module | None, module: nn.Module) -> nn.Module:
     """`module` as a branch like `old`, named as it is; what it costs is not known."""
@@ -198,23 +219,24 @@ def in_place_of(old: nn.Module | None, module: nn.Module) -> nn.Module:
     new = module if isinstance(module, Branch) else Branch(module, old.inputs)
     if isinstance(new, type(old)) and new.name is not None:
         return new
-    return type(old)(new.module, new.inputs, new.name or old.name, new.cost)
+    named = type(old)(new.module, new.inputs, new.name or old.name, new.cost)
+    named.title = old.title if new.name is None else None
+    return named
 
 
-def as_branch(module: nn.Module, name: str) -> Branch:
+def as_branch(module: nn.Module, name: str, title: str | None = None) -> Branch:
     """A named branch; a Branch without a name is not marked by the fusion that uses it."""
-    if not isinstance(module, Branch):
-        return Branch(module, name=name)
-    if module.name is not None:
+    if isinstance(module, Branch) and module.name is not None:
         return module
-    named = copy.copy(module)  # the same module and hooks under a name of its own
-    named.name = name
+    # A copy has the same module and hooks, under a name of its own.
+    named = copy.copy(module) if isinstance(module, Branch) else Branch(module)
+    named.name, named.title = name, title
     return named
 
 
 @contextmanager
-def without_graph() -> Iterator[None]:
-    """torch.no_grad for modules that run again with a graph.
+def forward_only(branches: Iterable[Branch]) -> Iterator[None]:
+    """torch.no_grad for branches that run again with a graph, and record their statistics then.
 
     In torch 2.10 autocast hands the weights it cast here, without a graph, to the later run,
     whose parameters then get no gradient; so it must not keep them.
@@ -222,7 +244,9 @@ def without_graph() -> Iterator[None]:
     keeps = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
+            for branch in branches:
+                stack.enter_context(branch.frozen_statistics())
             yield
     finally:
         torch.set_autocast_cache_enabled(keeps)

@@ -1,13 +1,49 @@
-"""Gates ready to use, and the temperature they are trained with. Any module can be a gate."""
+"""How any module is asked as a gate, gates ready to use, and the temperature of their training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..functional import checks
+from .branch import Branch, as_branch, in_place_of
+
 _MEASURES = ("probability", "entropy", "energy")
+
+
+def ask(
+    gate: Branch,
+    arguments: Sequence[Any],
+    read: Iterable[Tensor],
+    num_rows: int | None,
+    num_columns: int,
+    device: torch.device | None,
+) -> Tensor:
+    """Logits [N, C] of a gate, checked.
+
+    Args:
+        arguments: what it selected.
+        read: what others read as well, so that it must not write there.
+        num_rows, device: of its inputs; None where they do not tell.
+
+    Raises:
+        ValueError, TypeError: anything but floating [N, C] on the device.
+    """
+    logits = gate.call_reading(read, arguments)
+    checks.check_logits(logits, num_rows, num_columns, device, gate.label)
+    return logits
+
+
+class Gates(nn.ModuleDict):
+    """Gates by the number of their cell; a module put in the place of one takes over its name."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        title = f"gate {key}"
+        gate = as_branch(in_place_of(self._modules.get(key), module), title, title)
+        super().__setitem__(key, gate)
 
 
 class ConfidenceGate(nn.Module):

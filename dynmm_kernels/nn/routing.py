@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..functional.plan import RoutingPlan
-from .decision import TopOne
+from .decision import Decision, Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +30,27 @@ class Routing:
         selection: the rule that made `choice` out of logits.
     """
 
-    choice: Tensor | None
-    probs: Tensor | None
-    plan: RoutingPlan | None
+    decision: Decision
     num_rows: int
     rows_run: tuple[int, ...]
     costs: tuple[float, ...] | None
     gate_cost: float = 0.0
-    selection: TopOne = field(default_factory=TopOne, repr=False)
+
+    @property
+    def choice(self) -> Tensor | None:
+        return self.decision.choice
+
+    @property
+    def probs(self) -> Tensor | None:
+        return self.decision.probs
+
+    @property
+    def plan(self) -> RoutingPlan | None:
+        return self.decision.plan
+
+    @property
+    def selection(self) -> Selection:
+        return self.decision.rule
 
     @property
     def weights(self) -> Tensor:
@@ -46,12 +59,7 @@ class Routing:
         `probs` in dense execution; else that of the chosen branches, carrying the
         straight-through gradient where there is a gate.
         """
-        if self.choice is None:
-            assert self.probs is not None  # dense always has probabilities
-            return self.probs
-        if self.probs is None:
-            return self.selection.selected(self.choice, len(self.rows_run)).float()
-        return self.selection.weights(self.choice, self.probs)
+        return self.decision.weights()
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..functional import autograd
 from .branch import in_place_of
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -50,6 +51,10 @@ class Settings(nn.Module):
     def draws(self) -> bool:
         """Whether decisions are sampled now."""
         return self.noise == "gumbel_always" or (self.noise == "gumbel" and self.training)
+
+    def learns(self, logits: Tensor) -> bool:
+        """Whether the gate that gave these logits gets a gradient."""
+        return self.gate_grad != "none" and autograd.is_followed(logits)
 
     def extra_repr(self) -> str:
         return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"

@@ -203,4 +203,4 @@ def test_a_gate_that_raises_is_named():
     fusion = RoutedFusion(raising(ZeroDivisionError("zero")), toy(2)[1])
     with pytest.raises(ZeroDivisionError) as caught:
         fusion(torch.randn(2, FEATURES))
-    assert caught.value.__notes__ == ["in branch 'gate'"]
+    assert caught.value.__notes__ == ["in the gate"]

@@ -6,41 +6,32 @@ What it does is the same: route, gather, call, combine.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ...functional import autograd, checks, movement, sorting, tree
+from ..branch import Branch
+from ..gates import ask
 from ..memory import apart
 
-if TYPE_CHECKING:
-    from .fusion import RoutedFusion
 
+def run_flat(gate: Branch, branches: list[Branch], inputs: tuple[Any, ...]) -> Any:
+    """The fused output, or None where the general way must be taken, before anything ran.
 
-def run_flat(fusion: RoutedFusion, inputs: tuple[Any, ...]) -> Any:
-    """The fused output, or None where the general way must be taken.
-
-    The short way is for eval without a graph, inputs that are plain tensors which every branch
-    reads, and branches that treat samples alone. It returns to the general way before anything ran.
+    For eval without a graph, inputs that are plain tensors which the gate and every branch read,
+    and branches that treat samples alone.
     """
-    settings = fusion.__dict__  # past Module.__getattr__, which is slow
-    if settings["execution"] not in ("routed", "auto") or settings["training"]:
-        return None
-    if settings["select"] != 1 or settings["noise"] == "gumbel_always":
-        return None
-    modules: dict[str, Any] = settings["_modules"]
-    gate, branches = modules["gate"], list(modules["branches"]._modules.values())
     num_rows = _num_rows(inputs)
-    if autograd.follows_forward() or not num_rows or gate.inputs is not None or gate.in_place:
+    if not num_rows or gate.inputs is not None or gate.in_place or autograd.follows_forward():
         return None
     for branch in branches:
-        own = branch.__dict__
+        own = branch.__dict__  # past Module.__getattr__, which is slow
         if own["inputs"] is not None or own["norms"] or own["in_place"]:
             return None
 
-    logits = gate.call_reading(inputs, inputs)
     device = inputs[0].device
-    checks.check_logits(logits, num_rows, len(branches), device)
+    logits = ask(gate, inputs, inputs, num_rows, len(branches), device)
     order, inverse, header = sorting.route_flat(logits)
     chosen, starts, stops, counts, start = [], [], [], [], 0
     for b, branch in enumerate(branches):

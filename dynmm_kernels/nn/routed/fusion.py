@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...functional import autograd, checks, sorting
-from ...functional.plan import RoutingPlan
+from ...functional import checks, sorting
 from ..arguments import Arguments
-from ..branch import Branch, Branches, as_branch
-from ..decision import TopOne, forced, selection_of
+from ..branch import Branch, Branches, as_branch, part
+from ..decision import TOP_ONE, Decision, forced, selection_of, uniform
+from ..gates import ask
 from ..routing import Routing
 from ..settings import Settings
-from .execution import Learning, call_whole, run_everywhere, run_routed
-from .flat import run_flat
+from . import ways
 
 
 class RoutedFusion(Settings):
@@ -70,7 +69,7 @@ class RoutedFusion(Settings):
             if isinstance(branches, (Mapping, nn.ModuleDict))
             else enumerate(branches)
         )
-        self.gate = as_branch(gate, "gate")
+        self.gate = as_branch(gate, "gate", "the gate")
         self.branches = Branches(as_branch(module, str(name)) for name, module in named)
         names = [branch.name for branch in self.branches]
         if not names:
@@ -102,67 +101,52 @@ class RoutedFusion(Settings):
                 message names the branch, what came and what was wanted.
         """
         if not (return_routing or torch.is_grad_enabled() or choice is not None):
-            output = run_flat(self, inputs)
+            output = ways.run_short(self.__dict__, inputs)
             if output is not None:
                 return output
-        batch = Arguments(inputs, "RoutedFusion inputs")
-        branches: list[Branch] = list(self._modules["branches"]._modules.values())  # type: ignore[union-attr,arg-type]
+        batch, branches = Arguments(inputs, "RoutedFusion inputs"), part(self, "branches").all()
         if choice is None:
-            made = self._ask_gate(batch, len(branches), return_routing, generator)
+            decision = self._decide(batch, len(branches), return_routing, generator)
         else:
-            made = _obey(choice, batch, len(branches), generator)
-        if made.dense and made.probs is not None:
-            uniform = choice is not None
-            output, rows_run = run_everywhere(
-                branches, batch, made.probs, soft=True, uniform=uniform
-            )
-        elif self.execution == "masked" or not any(made.plan.counts):
-            hard, soft = made.hard_weights(len(branches)), made.weights is not None
-            several = made.plan.ranks > 1
-            output, rows_run = run_everywhere(branches, batch, hard, soft, several)
-        else:
-            subset_norm = self.batch_norm == "subset"
-            output, rows_run = run_routed(
-                branches, batch, made.plan, made.learning, subset_norm, made.weights
-            )
+            decision = _obey(choice, batch, len(branches), generator)
+        output, rows_run = ways.run(self, branches, batch, decision)
         if not return_routing:
             return output
         costs = tuple(branch.cost for branch in branches if branch.cost is not None)
         return output, Routing(
-            choice=None if made.dense else made.choice,
-            probs=made.probs,
-            plan=None if made.dense else made.plan,
-            num_rows=made.plan.num_rows,
+            decision,
+            num_rows=len(decision.weights() if decision.choice is None else decision.choice),
             rows_run=rows_run,
             costs=costs if len(costs) == len(branches) else None,
             gate_cost=(self.gate.cost or 0.0) if choice is None else 0.0,
-            selection=made.selection,
         )
 
-    def _ask_gate(
+    def _decide(
         self,
         batch: Arguments,
         num_branches: int,
         reports: bool,
         generator: torch.Generator | None,
     ) -> Decision:
-        gate: Branch = self._modules["gate"]  # type: ignore[assignment]
-        logits = call_whole(gate, batch, batch.num_rows)
-        checks.check_logits(logits, batch.num_rows, num_branches, batch.device)
-        selection, dense = selection_of(self.select), self.execution == "dense"
+        """Asks the gate."""
+        gate: Branch = part(self, "gate")
+        own = gate.arguments(batch)
+        arguments = own.whole(batch.num_rows, copied=gate.in_place)
+        logits = ask(gate, arguments, own.tensors(), batch.num_rows, num_branches, batch.device)
+        rule = self.rule
         if self.draws:
-            logits = logits + selection.noise(logits, generator)
-        choice, plan = selection.decide(logits)
-        learns = self.gate_grad != "none" and autograd.is_followed(logits)
-        if not (learns or dense or reports or self.select != 1):
-            return Decision(selection, choice, plan)
-        probs = selection.probs(logits, self.temperature)
-        weights = selection.soft_weights(choice, probs if learns else probs.detach())
-        learning = None
-        if learns and weights is None:
-            selected = selection.selected(choice, num_branches)
-            learning = Learning(self.gate_grad, probs, selected)
-        return Decision(selection, choice, plan, probs, weights, learning, dense)
+            logits = logits + rule.noise(logits, generator)
+        if self.execution == "dense":
+            checks.check_defined(logits, rule.undefined(logits))
+            return Decision(rule, probs=rule.probs(logits, self.temperature))
+        choice, plan = rule.decide(logits)
+        learns = self.learns(logits)
+        if not (learns or reports or self.select != 1):
+            return Decision(rule, choice, plan)
+        probs = rule.probs(logits, self.temperature)
+        weights = rule.rank_weights(choice, probs if learns else probs.detach())
+        grad = self.gate_grad if learns and weights is None else None
+        return Decision(rule, choice, plan, probs, weights, grad)
 
     def __setattr__(self, name: str, value: Any) -> None:
         number = type(value) is int and value >= 1
@@ -173,51 +157,18 @@ class RoutedFusion(Settings):
         if name == "select" and number and value > len(self.branches):
             raise ValueError(f"RoutedFusion: select={value} of only {len(self.branches)} branches")
         super().__setattr__(name, value)
-
-
-class Decision(NamedTuple):
-    """What a batch was decided to do.
-
-    `weights` [N, k]: of the ranks of the plan, where they are not ones. `dense`: every branch runs,
-    weighted by `probs` [N, B].
-    """
-
-    selection: TopOne
-    choice: Tensor
-    plan: RoutingPlan
-    probs: Tensor | None = None
-    weights: Tensor | None = None
-    learning: Learning | None = None
-    dense: bool = False
-
-    def hard_weights(self, num_branches: int) -> Tensor:
-        """[N, B]: of the chosen branches, with the gradient that `gate_grad` asks for."""
-        if self.weights is not None:
-            zeros = self.weights.new_zeros(self.plan.num_rows, num_branches)
-            return zeros.scatter(1, self.choice, self.weights)
-        if self.learning is None:
-            dtype = torch.float32 if self.probs is None else self.probs.dtype
-            return self.selection.selected(self.choice, num_branches).to(dtype)
-        weights = self.selection.weights(self.choice, self.learning.probs)
-        if self.learning.mode == "selected":
-            return torch.where(self.learning.selected, weights, 0)
-        return weights
+        if name == "select":
+            self.rule = selection_of(value)
 
 
 def _obey(
     choice: Any, batch: Arguments, num_branches: int, generator: torch.Generator | None
 ) -> Decision:
     """A forced decision."""
-    device = batch.device
-    uniform = isinstance(choice, str) and choice == "uniform"
-    chosen = forced(
-        0 if uniform else choice, "choice", num_branches, batch.num_rows, device, generator
-    )
-    plan = sorting.route(chosen, num_branches)
-    if not uniform:
-        return Decision(TopOne(), chosen, plan)
-    shape = (plan.num_rows, num_branches)
-    double = any(tensor.dtype == torch.float64 for tensor in batch.tensors())
-    dtype = torch.float64 if double else torch.float32
-    probs = torch.full(shape, 1 / num_branches, dtype=dtype, device=device)
-    return Decision(TopOne(), chosen, plan, probs, dense=True)
+    size, device = batch.num_rows, batch.device
+    if isinstance(choice, str) and choice == "uniform":
+        everyone = forced(0, "choice", num_branches, size, device)  # checks that N is known
+        like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
+        return uniform(len(everyone), num_branches, like)
+    chosen = forced(choice, "choice", num_branches, size, device, generator)
+    return Decision(TOP_ONE, chosen, sorting.route(chosen, num_branches))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...functional import checks, sorting
-from ..branch import Branch, as_branch, without_graph
-from ..decision import straight_through, tempered_softmax
-from .prefix import Prefix
-from .stack import Run, StackFusion, hide_unselected
+from ..branch import Branch, forward_only, part
+from ..decision import TOP_ONE, Decision, one_hot, straight_through
+from ..gates import Gates
+from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
+from .stack import Pass, StackFusion, hide_unselected
 from .stage import Cell
 
 _RULES = ("skip", "fuse", "dynamic")
@@ -86,7 +88,7 @@ class ChainedFusion(StackFusion):
                 f"ChainedFusion: wanted one gate (or None) and one rule per cell, "
                 f"{len(self.main_stages)}; got {len(given)} and {len(self.rules)}"
             )
-        self.gates = nn.ModuleDict()
+        self.gates = Gates()
         for k, (gate, rule) in enumerate(zip(given, self.rules, strict=True), start=1):
             if rule not in _RULES:
                 wanted = ", ".join(map(repr, _RULES))
@@ -97,7 +99,7 @@ class ChainedFusion(StackFusion):
                     f"is {rule!r} with gate {type(gate).__name__}"
                 )
             if gate is not None:
-                self.gates[str(k)] = as_branch(gate, f"gate {k}")
+                self.gates[str(k)] = gate
 
     def _cells(self) -> list[Cell]:
         fusing = [k for k, rule in enumerate(self.rules) if rule != "skip"]
@@ -108,51 +110,46 @@ class ChainedFusion(StackFusion):
         ]
 
     def _gate(self, k: int) -> Branch | None:
-        return self.gates._modules.get(str(k))  # type: ignore[return-value]
+        gates: dict[str, Any] = part(self, "gates")._modules
+        return gates.get(str(k))
 
     def _gate_reads(self, k: int) -> bool:
         return self._gate(k) is not None
 
-    def _run_gated(self, run: Run, generator: torch.Generator | None) -> None:
-        if self.execution == "dense" or self._runs_masked(run) or self._gates_couple():
-            self._run_chain_everywhere(run, generator)
+    def _run_gated(self, current: Pass) -> None:
+        gates = part(self, "gates")._modules.values()
+        coupled = self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
+        if self.execution == "dense" or coupled or self._runs_everywhere(current):
+            self._run_chain_everywhere(current)
         else:
-            self._run_chain(run, generator)
+            self._run_chain(current)
 
-    def _gates_couple(self) -> bool:
-        gates: list[Branch] = list(self.gates._modules.values())  # type: ignore[arg-type]
-        return self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
-
-    def _run_chain(self, run: Run, generator: torch.Generator | None) -> None:
+    def _run_chain(self, current: Pass) -> None:
         """Routed."""
-        exact, size = self.gate_grad == "straight_through", run.num_rows
-        device = run.inputs[0].device
-        prefix, keep = Prefix(run.inputs, run.reads_aux), None
+        exact, size = self.gate_grad == "straight_through", current.num_rows
+        prefix, keep = Prefix(current.inputs, current.reads_aux), None
         keeps: list[Tensor | None] = []
-        depth = torch.zeros(size, dtype=torch.int64, device=device)
-        for k, cell in enumerate(run.cells, start=1):
+        depth = torch.zeros(size, dtype=torch.int64, device=current.inputs[0].device)
+        for k, cell in enumerate(current.cells, start=1):
             gate = self._gate(k)
             keep = None if keep is None else _padded(keep[: prefix.active + prefix.following], size)
             if gate is not None:
-                run.gate_cost += (gate.cost or 0.0) * (prefix.active + prefix.following) / size
-                keep = self._drop(prefix, gate, keep, generator)
+                asked = prefix.active + prefix.following
+                current.gate_cost += (gate.cost or 0.0) * asked / size
+                keep = self._drop(current, prefix, gate, keep)
             prefix.step(cell, None if keep is None else torch.stack([1 - keep, keep], 1), exact)
-            if k in run.wanted:
-                run.outputs[k] = prefix.read()
-            if run.reports:
+            if k in current.wanted:
+                current.outputs[k] = prefix.read()
+            if current.reports:
                 keeps.append(None if keep is None else prefix.restore(keep))
                 came = slice(prefix.active)
                 depth[came if prefix.plan is None else prefix.plan.order[came].long()] = k
-        run.rows_run = prefix.rows_run
-        if run.reports:
-            self._report(run, depth, keeps)
+        current.rows_run = prefix.rows_run
+        if current.reports:
+            self._report(current, depth, keeps)
 
     def _drop(
-        self,
-        prefix: Prefix,
-        gate: Branch,
-        keep: Tensor | None,
-        generator: torch.Generator | None,
+        self, current: Pass, prefix: Prefix, gate: Branch, keep: Tensor | None
     ) -> Tensor | None:
         """Asks the gate, sorts both streams; returns keep [N] by slots if a gate learned so far."""
         active, seen = prefix.active, prefix.active + prefix.following
@@ -160,81 +157,81 @@ class ChainedFusion(StackFusion):
         if prefix.aux is None and self.gate_grad != "none":
             prefix.starved += gate.parameters()
         if prefix.aux is not None:
-            logits = self._ask(gate, prefix.main[:active], prefix.aux, 2, generator)
+            logits = self._ask(gate, prefix.main[:active], prefix.aux, 2, current)
             prefix.see(prefix.main, prefix.aux)
-            learns = self._learns(logits)
+            learns = self.learns(logits)
             asked.append(logits.detach())
         if prefix.rest is not None:
-            with without_graph(), gate.frozen_statistics():
+            with forward_only([gate]):
                 main = prefix.main.detach()[active:seen]
-                asked.append(self._ask(gate, main, prefix.rest, 2, generator))
+                asked.append(self._ask(gate, main, prefix.rest, 2, current))
         if not asked:
             return keep
         decided = asked[0] if len(asked) == 1 else torch.cat(asked)
-        choice, _ = sorting.route_argmax(decided)
+        choice = sorting.choose(decided)
         if learns or keep is not None:
             own = choice.to(decided.dtype if keep is None else keep.dtype)
             if learns:
-                probs = tempered_softmax(logits, self.temperature)
-                own = torch.cat([straight_through(choice[:active], probs)[:, 1], own[active:]])
+                own = torch.cat([self._kept(choice[:active], logits), own[active:]])
             keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
-        # 2: goes on; 1: follows, because the exact gradient asks for it; 0: is through.
         follow = learns and self.gate_grad == "straight_through"
-        level = torch.where(choice > 0, 2, int(follow))
-        if active < seen:
+        level = torch.where(choice > 0, FUSES, FOLLOWS if follow else THROUGH)
+        if active < seen:  # those that follow already never fuse again
             level = torch.cat([level[:active], choice[active:]])
         plan = sorting.route_descending(torch.where(choice < 0, -1, level), 3)
         samples = None if prefix.plan is None else prefix.plan.order
-        checks.check_faults(decided, plan.host_header, f"{gate.name}", samples)
+        checks.check_faults(decided, plan.host_header, gate.label, samples)
         return prefix.sort(plan, keep)
 
-    def _run_chain_everywhere(self, run: Run, generator: torch.Generator | None) -> None:
+    def _kept(self, choice: Tensor, logits: Tensor) -> Tensor:
+        """[n]: 1 for those that the gate keeps, else 0, with its gradient."""
+        return straight_through(one_hot(choice, 2), TOP_ONE.probs(logits, self.temperature))[:, 1]
+
+    def _run_chain_everywhere(self, current: Pass) -> None:
         """Masked and dense."""
-        soft, selected = self.execution == "dense", self.gate_grad == "selected"
-        dtype = torch.promote_types(run.inputs[0].dtype, torch.float32)
-        keep = torch.ones(run.num_rows, dtype=dtype, device=run.inputs[0].device)
+        soft = self.execution == "dense"
+        selected = self.gate_grad == "selected" and not soft
+        main = current.inputs[0]
+        dtype = torch.promote_types(main.dtype, torch.float32)
+        keep = torch.ones(current.num_rows, dtype=dtype, device=main.device)
         keeps: list[Tensor | None] = []
 
         def weigh(k: int, main: Tensor, aux: Tensor) -> Tensor:
             nonlocal keep
             own, gate = torch.ones_like(keep), self._gate(k)
             if gate is not None:
-                run.gate_cost += gate.cost or 0.0
-                logits = self._ask(gate, main, aux, 2, generator)
-                own = self._own(gate, logits, soft)
-            if selected and not soft:
+                current.gate_cost += gate.cost or 0.0
+                own = self._own(gate, self._ask(gate, main, aux, 2, current))
+            if selected:
                 own = torch.where(keep.detach() == 0, 0, own)
             keep = keep * own
             keeps.append(keep)
             pair = torch.stack([1 - keep, keep], 1)
-            return hide_unselected(pair) if selected and not soft else pair
+            return hide_unselected(pair) if selected else pair
 
-        self._run_everywhere(run, weigh, soft)
-        if run.reports:
+        self._run_everywhere(current, weigh, soft)
+        if current.reports:
             came = torch.stack([keep.detach() != 0 for keep in keeps if keep is not None])
-            self._report(run, came.sum(0), keeps)
+            self._report(current, came.sum(0), keeps)
             if soft:
-                run.depth = run.plan = None
+                current.decision = Decision(TOP_ONE)
 
-    def _own(self, gate: Branch, logits: Tensor, soft: bool) -> Tensor:
+    def _own(self, gate: Branch, logits: Tensor) -> Tensor:
         """[N]: the weight of keeping."""
-        choice, plan = sorting.route_argmax(logits.detach())
-        checks.check_faults(logits, plan.host_header, f"{gate.name}")
-        probs = tempered_softmax(logits, self.temperature)
-        if soft:
-            return probs[:, 1]
-        if self._learns(logits):
-            return straight_through(choice, probs)[:, 1]
-        return choice.to(probs.dtype)
+        choice = sorting.choose(logits.detach())
+        checks.check_defined(logits, choice < 0, gate.label)
+        if self.execution == "dense":
+            return TOP_ONE.probs(logits, self.temperature)[:, 1]
+        return self._kept(choice, logits) if self.learns(logits) else choice.to(logits.dtype)
 
-    def _report(self, run: Run, depth: Tensor, keeps: Sequence[Tensor | None]) -> None:
-        run.depth = depth
-        run.plan = sorting.route_descending(depth, len(run.cells) + 1)
-        dtype = torch.promote_types(run.inputs[0].dtype, torch.float32)
+    def _report(self, current: Pass, depth: Tensor, keeps: Sequence[Tensor | None]) -> None:
+        plan = sorting.route_descending(depth, len(current.cells) + 1)
+        current.decision = Decision(TOP_ONE, depth, plan)
+        dtype = torch.promote_types(current.inputs[0].dtype, torch.float32)
         columns = [
             (depth >= k).to(dtype) if own is None else own for k, own in enumerate(keeps, start=1)
         ]
-        run.keep = torch.cat([column.unsqueeze(1) for column in columns], 1)
+        current.keep = torch.cat([column.unsqueeze(1) for column in columns], 1)
 
 
 def _padded(keep: Tensor, size: int) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...functional import checks, sorting
-from ..branch import as_branch
-from ..decision import tempered_softmax
-from .stack import Run, StackFusion, skip_and_fuse
+from ..branch import as_branch, part
+from ..decision import TOP_ONE, Decision
+from .stack import Pass, StackFusion
 
 
 class NestedFusion(StackFusion):
@@ -78,20 +77,23 @@ class NestedFusion(StackFusion):
             noise=noise,
             batch_norm=batch_norm,
         )
-        self.gate = as_branch(gate, "the gate")
+        self.gate = as_branch(gate, "the gate", "the gate")
 
-    def _run_gated(self, run: Run, generator: torch.Generator | None) -> None:
-        num_depths = len(run.cells) + 1
-        logits = self._ask(self.gate, *run.inputs, num_depths, generator)
-        depth, _ = sorting.route_argmax(logits.detach())
+    def _run_gated(self, current: Pass) -> None:
+        num_depths, gate = len(current.cells) + 1, part(self, "gate")
+        logits = self._ask(gate, *current.inputs, num_depths, current)
+        current.gate_cost = gate.cost or 0.0
+        if self.execution == "dense":
+            checks.check_defined(logits, TOP_ONE.undefined(logits))
+            current.decision = Decision(TOP_ONE, probs=TOP_ONE.probs(logits, self.temperature))
+            self._run_dense(current)
+            return
+        depth = sorting.choose(logits.detach())
         plan = sorting.route_descending(depth, num_depths)
         checks.check_faults(logits, plan.host_header)
-        dense, learns = self.execution == "dense", self._learns(logits)
-        if dense or learns or run.reports:
-            probs: Tensor = tempered_softmax(logits, self.temperature)
-            run.probs, run.gate_cost = probs, self.gate.cost or 0.0
-        if dense:
-            self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)
-            return
-        run.depth, run.plan = depth, plan
-        self._run_to_depth(run, depth, plan, probs if learns else None)
+        learns = self.learns(logits)
+        reads = learns or current.reports
+        probs = TOP_ONE.probs(logits, self.temperature) if reads else None
+        grad = self.gate_grad if learns else None
+        current.decision = Decision(TOP_ONE, depth, plan, probs, grad=grad)
+        self._run_to_depth(current)

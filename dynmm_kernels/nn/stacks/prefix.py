@@ -7,16 +7,19 @@ somebody reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from ...functional import movement, sorting
 from ...functional.plan import RoutingPlan
-from ..branch import without_graph
+from ..branch import forward_only
 from ..memory import apart, depends_on, sharing
 from .stage import Cell, Stage
+
+# What becomes of a sample in the rest of a chain: nothing; it follows without a graph, because the
+# exact gradient of a gate asks for it; it goes on.
+THROUGH, FOLLOWS, FUSES = range(3)
 
 
 class Prefix:
@@ -58,15 +61,13 @@ class Prefix:
         """r."""
         return 0 if self.rest is None else self.rest.shape[0]
 
-    def sort_by_depth(
-        self, plan: RoutingPlan, count: int, follow: bool, probs: Tensor | None
-    ) -> Tensor | None:
-        """Sorts the batch once for all cells, `count` samples fuse; `probs` by slots.
+    def sort_by_depth(self, plan: RoutingPlan, follow: bool, probs: Tensor | None) -> Tensor | None:
+        """Sorts the batch once for all cells; `probs` by slots.
 
         Everything moves in one call; nothing does where all samples have one depth.
         """
         main, aux = self.inputs
-        size = main.shape[0]
+        size, count = main.shape[0], sorting.at_least(plan, 1)
         if max(plan.counts) == size:
             self.narrow(count, follow)
             return probs
@@ -95,13 +96,11 @@ class Prefix:
         self._go_on(aux, count)
 
     def sort(self, plan: RoutingPlan, keep: Tensor | None) -> Tensor | None:
-        """Sorts the first n + r samples by a plan of three branches; `keep` by the new slots.
-
-        Those of branch 0 fuse, all from among the first n; those of branch 1 follow; those of
-        branch 2 are through.
+        """Sorts the first n + r samples by the levels FUSES (all from among the first n), FOLLOWS
+        and THROUGH; `keep` by the new slots.
         """
         seen = plan.num_rows
-        count, stop = plan.starts[1:3]
+        count, stop = sorting.at_least(plan, FUSES), sorting.at_least(plan, FOLLOWS)
         if (count, stop) == (self.active, seen):
             return keep
         both = [part for part in (self.aux, self.rest) if part is not None]
@@ -212,9 +211,7 @@ class Prefix:
         """What the cell would make of the rest: forward only, for its gradient is zero."""
         if self.rest is None or not cell.reads:
             return None
-        with without_graph(), ExitStack() as stack:
-            stack.enter_context(cell.aux.frozen_statistics())
-            stack.enter_context(cell.fusion.frozen_statistics())
+        with forward_only([cell.aux, cell.fusion]):
             self.rest = cell.aux.run(
                 cell.aux.spare(self.rest, held), read=[*self.inputs, *self.lent]
             )
@@ -230,12 +227,8 @@ class Prefix:
         held = [*self.inputs, *self.seen]
         output = apart(output, held) if self.plan is None else self.restore(output)
         self.lent.append(self.main)  # also where it was copied: who writes there always fails
-        wanting = [tensor for tensor in self.starved if tensor.requires_grad]
-        if wanting and output.is_floating_point() and torch.is_grad_enabled():
-            # Exact zeros, as when masked, instead of None.
-            hidden = (lambda: self.weights) if self.weights else None
-            (output,) = movement.touch([output], wanting, hidden=hidden)
-        return output
+        hidden = (lambda: self.weights) if self.weights else None
+        return movement.touch([output], self.starved, hidden)[0]
 
     def restore(self, slots: Tensor) -> Tensor:
         """A tensor by slots [N, ...] in sample order."""

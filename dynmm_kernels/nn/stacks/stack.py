@@ -9,30 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...functional import autograd, checks, sorting
-from ...functional.plan import RoutingPlan
-from ..branch import Branch
-from ..decision import blend, forced, gumbel_like, one_hot, straight_through
+from ...functional import sorting
+from ..branch import Branch, part
+from ..decision import TOP_ONE, Decision, blend, forced, uniform
+from ..gates import ask
 from ..memory import apart, sharing
 from ..routing import DepthRouting
 from ..settings import Settings
 from .prefix import Prefix
-from .stage import Cell, Stage, make_stages
+from .stage import Cell, make_stages
 
 
 @dataclass
-class Run:
+class Pass:
     """One forward pass: what goes in, and what it leaves."""
 
     inputs: tuple[Tensor, Tensor]
     cells: list[Cell]
     wanted: set[int]  # stages whose output is read
     reports: bool  # whether a Routing is wanted
+    generator: torch.Generator | None
     outputs: dict[int, Tensor] = field(default_factory=dict)  # by stage, in sample order
     rows_run: list[int] = field(default_factory=list)
-    depth: Tensor | None = None
-    probs: Tensor | None = None
-    plan: RoutingPlan | None = None
+    decision: Decision = field(default_factory=lambda: Decision(TOP_ONE))
     keep: Tensor | None = None
     gate_cost: float = 0.0
 
@@ -55,9 +54,7 @@ class Run:
                 aux = (cell.aux.cost or 0.0) if cell.reads else 0.0
                 costs.append(costs[-1] + aux + ((cell.fusion.cost or 0.0) if cell.fuses else 0.0))
         return DepthRouting(
-            choice=self.depth,
-            probs=self.probs,
-            plan=self.plan,
+            self.decision,
             num_rows=self.num_rows,
             rows_run=tuple(self.rows_run),
             costs=None if costs is None else tuple(costs),
@@ -133,120 +130,107 @@ class StackFusion(Settings):
                 f"{type(self).__name__}: stages must be numbers in 1..{last}, in a list; got "
                 f"{stages!r}"
             )
-        run = Run((main, aux), self._cells(), {*stages, last}, return_routing)
+        current = Pass((main, aux), self._cells(), {*stages, last}, return_routing, generator)
+        size = main.shape[0]
         if depth is None:
-            self._run_gated(run, generator)
+            self._run_gated(current)
         elif isinstance(depth, str) and depth == "uniform":
-            shape = (main.shape[0], last + 1)
-            dtype = torch.promote_types(main.dtype, torch.float32)
-            probs = main.new_full(shape, 1 / (last + 1), dtype=dtype)
-            run.probs = probs
-            self._run_everywhere(run, lambda k, *_: skip_and_fuse(probs, k), soft=True)
+            current.decision = uniform(size, last + 1, main)
+            self._run_dense(current)
         else:
-            run.depth = forced(depth, "depth", last + 1, main.shape[0], main.device, generator)
-            run.plan = sorting.route_descending(run.depth, last + 1)
-            sorting.check_levels(run.plan, run.depth, "depth")
-            self._run_to_depth(run, run.depth, run.plan)
-        result: Any = run.outputs[last]
+            chosen = forced(depth, "depth", last + 1, size, main.device, generator)
+            plan = sorting.route_descending(chosen, last + 1)
+            sorting.check_levels(plan, chosen, "depth")
+            current.decision = Decision(TOP_ONE, chosen, plan)
+            self._run_to_depth(current)
+        result: Any = current.outputs[last]
         if stages:
-            result = result, [run.outputs[k] for k in stages]
-        return (result, run.routing()) if return_routing else result
+            result = result, [current.outputs[k] for k in stages]
+        return (result, current.routing()) if return_routing else result
 
-    def _run_gated(self, run: Run, generator: torch.Generator | None) -> None:
+    def _run_gated(self, current: Pass) -> None:
         raise NotImplementedError
 
-    def _run_to_depth(
-        self, run: Run, depth: Tensor, plan: RoutingPlan, probs: Tensor | None = None
-    ) -> None:
-        """Each sample as deep as `depth` says; `plan` has sorted them, the deepest first.
+    def _run_dense(self, current: Pass) -> None:
+        """Every stage on every sample, weighted by the probabilities of all depths."""
+        probs = current.decision.weights()
+        self._run_everywhere(current, lambda k, *_: skip_and_fuse(probs, k), soft=True)
 
-        `probs` [N, 1 + L]: of the gate, where it learns.
-        """
-        last = len(run.cells)
-        if self._runs_masked(run):
-            weights = one_hot(depth, last + 1, torch.float32)
-            if probs is not None:
-                weights = straight_through(depth, probs)
+    def _run_to_depth(self, current: Pass) -> None:
+        """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
+        decision = current.decision
+        learns, exact = decision.grad is not None, decision.exact
+        if self._runs_everywhere(current):
+            # Of a sum of weights all keep their gradient, and of a pair the one that is not zero.
+            weights = decision.weights() if learns else decision.selected.float()
 
             def weigh(k: int, main: Tensor, aux: Tensor) -> Tensor:
                 pair = skip_and_fuse(weights, k)
-                return hide_unselected(pair) if self.gate_grad == "selected" else pair
+                return pair if exact or not learns else hide_unselected(pair)
 
-            self._run_everywhere(run, weigh)
+            self._run_everywhere(current, weigh)
             return
-        exact = probs is not None and self.gate_grad == "straight_through"
-        starts = plan.host_header  # in front of starts[i]: the samples of depth > last - i
-        prefix = Prefix(run.inputs, run.reads_aux)
-        probs = prefix.sort_by_depth(plan, starts[last], exact, probs)
-        for k, cell in enumerate(run.cells, start=1):
-            prefix.narrow(starts[last + 1 - k], exact)
+        plan = decision.plan
+        assert plan is not None
+        prefix = Prefix(current.inputs, current.reads_aux)
+        probs = prefix.sort_by_depth(plan, exact, decision.probs if learns else None)
+        for k, cell in enumerate(current.cells, start=1):
+            prefix.narrow(sorting.at_least(plan, k), exact)
             prefix.step(cell, None if probs is None else skip_and_fuse(probs, k), exact)
-            if k in run.wanted:
-                run.outputs[k] = prefix.read()
-        run.rows_run = prefix.rows_run
+            if k in current.wanted:
+                current.outputs[k] = prefix.read()
+        current.rows_run = prefix.rows_run
 
     def _run_everywhere(
-        self, run: Run, weigh: Callable[[int, Tensor, Tensor], Tensor], soft: bool = False
+        self, current: Pass, weigh: Callable[[int, Tensor, Tensor], Tensor], soft: bool = False
     ) -> None:
         """Every cell on every sample, weighted: what DynMM's own code does.
 
         `weigh(k, main, aux)`: [N, 2], the weights of skipping and of fusing in cell k, out of what
         the cell before it returned.
         """
-        main, aux = run.inputs
+        main, aux = current.inputs
         lent: list[Tensor] = []  # outputs that the caller reads
         seen: list[Tensor] = []  # what a gate or a fusion may keep for its backward pass
-        run.rows_run = [run.num_rows]
-        for k, cell in enumerate(run.cells, start=1):
+        current.rows_run = [current.num_rows]
+        for k, cell in enumerate(current.cells, start=1):
             weights = weigh(k, main, aux)
             if torch.is_grad_enabled() and self._gate_reads(k):
                 seen += [main, aux]
-            held = [*run.inputs, *lent, *seen]
-            main = cell.main.run(cell.main.spare(main, [*held, aux]), read=[*run.inputs, *lent])
+            held = [*current.inputs, *lent, *seen]
+            main = cell.main.run(cell.main.spare(main, [*held, aux]), read=[*current.inputs, *lent])
             if cell.reads:
-                aux = cell.aux.run(cell.aux.spare(aux, [*held, main]), read=run.inputs)
+                aux = cell.aux.run(cell.aux.spare(aux, [*held, main]), read=current.inputs)
             seen = sharing(seen, [main, aux])
             if cell.fuses:
                 seen += [main, aux] if torch.is_grad_enabled() else []
                 main = blend((main, cell.fuse(main, aux)), weights, soft)
-            run.rows_run.append(run.num_rows if cell.reads else 0)
-            if k in run.wanted:
+            current.rows_run.append(current.num_rows if cell.reads else 0)
+            if k in current.wanted:
                 lent.append(main)
-                run.outputs[k] = apart(main, run.inputs)
+                current.outputs[k] = apart(main, current.inputs)
 
     def _gate_reads(self, k: int) -> bool:
         """Whether a gate reads what cell k starts from."""
         return False
 
-    def _runs_masked(self, run: Run) -> bool:
-        if self.execution == "masked" or not run.num_rows:
+    def _runs_everywhere(self, current: Pass) -> bool:
+        if self.execution == "masked" or not current.num_rows:
             return True
-        return self.batch_norm == "masked" and any(cell.couples_samples() for cell in run.cells)
+        return self.batch_norm == "masked" and any(cell.couples_samples() for cell in current.cells)
 
     def _ask(
-        self,
-        gate: Branch,
-        main: Tensor,
-        aux: Tensor,
-        num_columns: int,
-        generator: torch.Generator | None,
+        self, gate: Branch, main: Tensor, aux: Tensor, num_columns: int, current: Pass
     ) -> Tensor:
         """Logits [n, C], with noise where that is wanted."""
-        logits = gate.call_reading((main, aux), gate.select((main, aux)))
-        checks.check_logits(logits, main.shape[0], num_columns, main.device, f"{gate.name}")
-        if self.draws:
-            return logits + gumbel_like(logits, generator)
-        return logits
-
-    def _learns(self, logits: Tensor) -> bool:
-        return self.gate_grad != "none" and autograd.is_followed(logits)
+        read, rows = (main, aux), main.shape[0]
+        logits = ask(gate, gate.select(read), read, rows, num_columns, main.device)
+        return logits + TOP_ONE.noise(logits, current.generator) if self.draws else logits
 
     def _cells(self) -> list[Cell]:
-        groups: list[list[Stage]] = [
-            list(group._modules.values())  # type: ignore[arg-type]
-            for group in (self.main_stages, self.aux_stages, self.fusions)
-        ]
-        return [Cell(*stages) for stages in zip(*groups, strict=True)]
+        groups = ("main_stages", "aux_stages", "fusions")
+        stages = zip(*(part(self, name).all() for name in groups), strict=True)
+        return [Cell(*three) for three in stages]
 
     def _check_inputs(self, main: Any, aux: Any) -> None:
         label = type(self).__name__

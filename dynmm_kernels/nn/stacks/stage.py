@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..branch import Branch, Branches
+from ..branch import Branch, Branches, part
 from ..memory import unaliased
 
 
@@ -22,7 +22,7 @@ class Stage(Branch):
     @property
     def fuses_prefix(self) -> bool:
         """Whether it takes fewer rows of the second tensor than of the first, and fuses those."""
-        return getattr(self._modules["module"], "fuses_prefix", False)
+        return getattr(part(self, "module"), "fuses_prefix", False)
 
     def spare(self, tensor: Tensor, held: Sequence[Tensor]) -> Tensor:
         """`tensor`, or a copy if it lies in memory `held` by others and this stage may write."""
