@@ -181,12 +181,12 @@ def gather_flat(
 ) -> list[Sequence[Tensor]]:
     """For each range of slots of a top-1 order: its rows of every tensor. Records no graph."""
     size = len(tensors)
-    gather = ops.serving().gather_rows
+    move = ops.serving().gather_rows
     if size == 1:
-        return [(rows,) for rows in gather([*tensors] * len(starts), starts, stops, order, 1)]
+        return [(rows,) for rows in move([*tensors] * len(starts), starts, stops, order, 1)]
     starts = [start for start in starts for _ in range(size)]
     stops = [stop for stop in stops for _ in range(size)]
-    rows = gather([*tensors] * (len(starts) // size), starts, stops, order, 1)
+    rows = move([*tensors] * (len(starts) // size), starts, stops, order, 1)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 

@@ -1,4 +1,4 @@
-"""What is decided for a batch: the rules from logits to choices, forced choices, and the record."""
+"""What is decided for a batch, by a gate or by force, and what it does to the outputs."""
 
 from __future__ import annotations
 
@@ -8,137 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import checks, movement, sorting
+from ..functional import movement
 from ..functional.movement import carries_gradient
 from ..functional.plan import RoutingPlan
-
-
-class Selection:
-    """A rule: which branches a sample takes, by its logits, and with what weights."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-    def undefined(self, logits: Tensor) -> Tensor:
-        """bool [N]: rows that decide nothing, a nan or no finite maximum."""
-        return ~logits.amax(1).isfinite()
-
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
-        """The choice and its plan; the check of the logits rides on the counts."""
-        raise NotImplementedError
-
-    def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """[N, B]: added to the logits, it makes the decision a draw."""
-        return gumbel_like(logits, generator)
-
-    def probs(self, logits: Tensor, temperature: float) -> Tensor:
-        """[N, B]: the weights of dense execution, and what the gate's gradient goes through."""
-        return tempered_softmax(logits, temperature)
-
-    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
-        """bool [N, B]."""
-        return one_hot(choice, num_branches)
-
-    def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
-        """[N, B]: zeros and ones, with the gradient of `probs`."""
-        return straight_through(self.selected(choice, probs.shape[1]), probs)
-
-    def rank_weights(self, choice: Tensor, probs: Tensor) -> Tensor | None:
-        """[N, k]: what multiplies the rows of a plan of k ranks; None: ones."""
-        return None
-
-    def merge(self, column: Sequence[Tensor], chosen: Tensor) -> Tensor:
-        """Outputs without gradients where they were chosen, bool [N, B]; zeros for nobody's."""
-        total = torch.zeros_like(column[0])
-        for b, output in enumerate(column):
-            total = torch.where(_like(chosen[:, b], output), output, total)
-        return total
-
-
-class TopOne(Selection):
-    """The branch with the largest logit (ties: the first), with weight one: DynMM's hard gate."""
-
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
-        """The choice int64 [N]."""
-        choice, plan = sorting.route_argmax(logits.detach() if logits.requires_grad else logits)
-        checks.check_faults(logits, plan.host_header)
-        return choice, plan
-
-
-class TopK(Selection):
-    """The k branches of the largest logits, weighted by the softmax over these k.
-
-    That is the mixture of experts of Shazeer et al. (2017): what is not among the k has weight 0
-    and gets no gradient in masked execution, either.
-    """
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
-        """The choice int64 [N, k], the most probable first."""
-        choice = logits.detach().topk(self.k, dim=1).indices
-        plan = sorting.route_unless(choice, self.undefined(logits), logits.shape[1])
-        checks.check_faults(logits, plan.host_header, entries_per_row=self.k)
-        return choice, plan
-
-    def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
-        return torch.zeros_like(probs).scatter(1, choice, self.rank_weights(choice, probs))
-
-    def rank_weights(self, choice: Tensor, probs: Tensor) -> Tensor:
-        chosen = probs.gather(1, choice)
-        return chosen / chosen.sum(1, keepdim=True)
-
-
-class MultiHot(Selection):
-    """Every branch by itself: taken, with weight one, where its logit is positive (AdaMML).
-
-    The gradient goes through the sigmoid. A sample may take several branches, which are summed,
-    or none.
-    """
-
-    def undefined(self, logits: Tensor) -> Tensor:
-        return logits.isnan().any(1)
-
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
-        """The choice bool [N, B]."""
-        num_branches = logits.shape[1]
-        choice = logits.detach() > 0
-        entries = torch.where(choice, torch.arange(num_branches, device=choice.device), -1)
-        plan = sorting.route_unless(entries, self.undefined(logits), num_branches)
-        checks.check_faults(logits, plan.host_header, entries_per_row=num_branches)
-        return choice, plan
-
-    def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        return gumbel_like(logits, generator) - gumbel_like(logits, generator)
-
-    def probs(self, logits: Tensor, temperature: float) -> Tensor:
-        return (logits / temperature).sigmoid()
-
-    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
-        return choice
-
-    def merge(self, column: Sequence[Tensor], chosen: Tensor) -> Tensor:
-        if column[0].dtype == torch.bool:
-            raise TypeError("bool outputs of several branches cannot be summed; return integers")
-        total = torch.zeros_like(column[0])
-        for b, output in enumerate(column):
-            total = total + torch.where(_like(chosen[:, b], output), output, 0)
-        return total
-
-
-class Uniform(Selection):
-    """Every branch with the same weight, whatever a gate would say."""
-
-
-TOP_ONE, MULTI_HOT, UNIFORM = TopOne(), MultiHot(), Uniform()
-
-
-def selection_of(select: int | str) -> Selection:
-    """The rule that `RoutedFusion(select=...)` names."""
-    if select == "multi_hot":
-        return MULTI_HOT
-    return TOP_ONE if select == 1 else TopK(int(select))
+from .rules import TOP_ONE, UNIFORM, Rule, as_column
 
 
 class Decision(NamedTuple):
@@ -155,7 +28,7 @@ class Decision(NamedTuple):
             None: it does not.
     """
 
-    rule: Selection
+    rule: Rule
     choice: Tensor | None = None
     plan: RoutingPlan | None = None
     probs: Tensor | None = None
@@ -215,7 +88,7 @@ def uniform(num_rows: int, num_columns: int, like: Tensor) -> Decision:
     )
 
 
-def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Selection = TOP_ONE) -> Any:
+def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Rule = TOP_ONE) -> Any:
     """sum_b weights[:, b] * column[b], in the widest dtype of the branches.
 
     soft: the weights need not be 0 and 1, so only floating tensors can be blended.
@@ -230,9 +103,9 @@ def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Selection = 
                 "one branch be chosen: masked or routed execution, select=1"
             )
         return rule.merge(column, weights != 0)
-    total = _like(weights[:, 0], first) * first
+    total = as_column(weights[:, 0], first) * first
     for b, output in enumerate(column[1:], start=1):
-        total = total + _like(weights[:, b], output) * output
+        total = total + as_column(weights[:, b], output) * output
     return total.to(movement.widest_dtype(column))
 
 
@@ -241,41 +114,6 @@ def _equal_weights(like: Tensor, column: Sequence[Any]) -> Tensor:
     dtypes = [leaf.dtype.to_real() for leaf in column if carries_gradient(leaf)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return like.new_full(like.shape, 1 / like.shape[1], dtype=dtype)
-
-
-def one_hot(choice: Tensor, num_branches: int) -> Tensor:
-    """bool [N, B]: True in the chosen column; a row of False where the choice is -1."""
-    return choice.unsqueeze(1) == torch.arange(num_branches, device=choice.device)
-
-
-def straight_through(selected: Tensor, probs: Tensor) -> Tensor:
-    """[N, B]: exactly `selected`, bool [N, B], with the gradient of `probs` (DynMM's hard gate).
-
-    onehot - stopgrad(p) + p evaluates to exactly 0 and 1 in this order of operations.
-    """
-    return selected.to(probs.dtype) - probs.detach() + probs
-
-
-def gumbel_like(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits).
-
-    Drawn in fp32 at least, so that a half-precision uniform never rounds to 0 or 1.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    exponential = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    return -exponential.exponential_(generator=generator).log_().to(logits.dtype)
-
-
-def tempered_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature) over columns; a small temperature overflows no fp16."""
-    if logits.dtype == torch.float16:
-        logits = logits - logits.detach().amax(1, keepdim=True)
-    return (logits / temperature).softmax(1)
-
-
-def _like(column: Tensor, output: Tensor) -> Tensor:
-    """[N], to be broadcast over the rows of `output`."""
-    return column.view(-1, *[1] * (output.ndim - 1))
 
 
 def forced(

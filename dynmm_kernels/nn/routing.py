@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..functional.plan import RoutingPlan
-from .decision import Decision, Selection
+from .decision import Decision
+from .rules import Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Routing:
         return self.decision.plan
 
     @property
-    def selection(self) -> Selection:
+    def selection(self) -> Rule:
         return self.decision.rule
 
     @property

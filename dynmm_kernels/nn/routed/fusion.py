@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ...functional import checks, sorting
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
-from ..decision import TOP_ONE, Decision, forced, selection_of, uniform
+from ..decision import Decision, forced, uniform
 from ..gates import ask
 from ..routing import Routing
+from ..rules import TOP_ONE, rule_of
 from ..settings import Settings
 from . import ways
 
@@ -115,7 +116,7 @@ class RoutedFusion(Settings):
         costs = tuple(branch.cost for branch in branches if branch.cost is not None)
         return output, Routing(
             decision,
-            num_rows=len(decision.weights() if decision.choice is None else decision.choice),
+            num_rows=rows_run[0] if decision.choice is None else len(decision.choice),
             rows_run=rows_run,
             costs=costs if len(costs) == len(branches) else None,
             gate_cost=(self.gate.cost or 0.0) if choice is None else 0.0,
@@ -158,7 +159,7 @@ class RoutedFusion(Settings):
             raise ValueError(f"RoutedFusion: select={value} of only {len(self.branches)} branches")
         super().__setattr__(name, value)
         if name == "select":
-            self.rule = selection_of(value)
+            self.rule = rule_of(value)
 
 
 def _obey(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ...functional import checks, sorting
 from ..branch import Branch, forward_only, part
-from ..decision import TOP_ONE, Decision, one_hot, straight_through
+from ..decision import Decision
 from ..gates import Gates
+from ..rules import TOP_ONE, one_hot, straight_through
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
 from .stack import Pass, StackFusion, hide_unselected
 from .stage import Cell

@@ -8,7 +8,8 @@ from torch import nn
 
 from ...functional import checks, sorting
 from ..branch import as_branch, part
-from ..decision import TOP_ONE, Decision
+from ..decision import Decision
+from ..rules import TOP_ONE
 from .stack import Pass, StackFusion
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ...functional import sorting
 from ..branch import Branch, part
-from ..decision import TOP_ONE, Decision, blend, forced, uniform
+from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
 from ..routing import DepthRouting
+from ..rules import TOP_ONE
 from ..settings import Settings
 from .prefix import Prefix
 from .stage import Cell, make_stages

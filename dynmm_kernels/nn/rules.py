@@ -1,0 +1,174 @@
+"""Rules: which branches a sample takes, by its logits, and with what weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..functional import checks, sorting
+from ..functional.plan import RoutingPlan
+
+
+class Rule:
+    """How logits become a choice. One object of it serves any number of batches."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def undefined(self, logits: Tensor) -> Tensor:
+        """bool [N]: rows that decide nothing, a nan or no finite maximum."""
+        return ~logits.amax(1).isfinite()
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+        """The choice and its plan; the check of the logits rides on the counts."""
+        raise NotImplementedError
+
+    def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """[N, B]: added to the logits, it makes the decision a draw."""
+        return gumbel_like(logits, generator)
+
+    def probs(self, logits: Tensor, temperature: float) -> Tensor:
+        """[N, B]: the weights of dense execution, and what the gate's gradient goes through."""
+        return tempered_softmax(logits, temperature)
+
+    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
+        """bool [N, B]."""
+        return one_hot(choice, num_branches)
+
+    def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
+        """[N, B]: zeros and ones, with the gradient of `probs`."""
+        return straight_through(self.selected(choice, probs.shape[1]), probs)
+
+    def rank_weights(self, choice: Tensor, probs: Tensor) -> Tensor | None:
+        """[N, k]: what multiplies the rows of a plan of k ranks; None: ones."""
+        return None
+
+    def merge(self, column: Sequence[Tensor], chosen: Tensor) -> Tensor:
+        """Outputs without gradients where they were chosen, bool [N, B]; zeros for nobody's."""
+        total = torch.zeros_like(column[0])
+        for b, output in enumerate(column):
+            total = torch.where(as_column(chosen[:, b], output), output, total)
+        return total
+
+
+class TopOne(Rule):
+    """The branch with the largest logit (ties: the first), with weight one: DynMM's hard gate."""
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+        """The choice int64 [N]."""
+        choice, plan = sorting.route_argmax(logits.detach() if logits.requires_grad else logits)
+        checks.check_faults(logits, plan.host_header)
+        return choice, plan
+
+
+class TopK(Rule):
+    """The k branches of the largest logits, weighted by the softmax over these k.
+
+    That is the mixture of experts of Shazeer et al. (2017): what is not among the k has weight 0
+    and gets no gradient in masked execution, either.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+        """The choice int64 [N, k], the most probable first."""
+        choice = logits.detach().topk(self.k, dim=1).indices
+        plan = sorting.route_unless(choice, self.undefined(logits), logits.shape[1])
+        checks.check_faults(logits, plan.host_header, entries_per_row=self.k)
+        return choice, plan
+
+    def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
+        return torch.zeros_like(probs).scatter(1, choice, self.rank_weights(choice, probs))
+
+    def rank_weights(self, choice: Tensor, probs: Tensor) -> Tensor:
+        chosen = probs.gather(1, choice)
+        return chosen / chosen.sum(1, keepdim=True)
+
+
+class MultiHot(Rule):
+    """Every branch by itself: taken, with weight one, where its logit is positive (AdaMML).
+
+    The gradient goes through the sigmoid. A sample may take several branches, which are summed,
+    or none.
+    """
+
+    def undefined(self, logits: Tensor) -> Tensor:
+        return logits.isnan().any(1)
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+        """The choice bool [N, B]."""
+        num_branches = logits.shape[1]
+        choice = logits.detach() > 0
+        entries = torch.where(choice, torch.arange(num_branches, device=choice.device), -1)
+        plan = sorting.route_unless(entries, self.undefined(logits), num_branches)
+        checks.check_faults(logits, plan.host_header, entries_per_row=num_branches)
+        return choice, plan
+
+    def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        return gumbel_like(logits, generator) - gumbel_like(logits, generator)
+
+    def probs(self, logits: Tensor, temperature: float) -> Tensor:
+        return (logits / temperature).sigmoid()
+
+    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
+        return choice
+
+    def merge(self, column: Sequence[Tensor], chosen: Tensor) -> Tensor:
+        if column[0].dtype == torch.bool:
+            raise TypeError("bool outputs of several branches cannot be summed; return integers")
+        total = torch.zeros_like(column[0])
+        for b, output in enumerate(column):
+            total = total + torch.where(as_column(chosen[:, b], output), output, 0)
+        return total
+
+
+class Uniform(Rule):
+    """Every branch with the same weight, whatever a gate would say."""
+
+
+TOP_ONE, MULTI_HOT, UNIFORM = TopOne(), MultiHot(), Uniform()
+
+
+def rule_of(select: int | str) -> Rule:
+    """The rule that `RoutedFusion(select=...)` names."""
+    if select == "multi_hot":
+        return MULTI_HOT
+    return TOP_ONE if select == 1 else TopK(int(select))
+
+
+def one_hot(choice: Tensor, num_branches: int) -> Tensor:
+    """bool [N, B]: True in the chosen column; a row of False where the choice is -1."""
+    return choice.unsqueeze(1) == torch.arange(num_branches, device=choice.device)
+
+
+def straight_through(selected: Tensor, probs: Tensor) -> Tensor:
+    """[N, B]: exactly `selected`, bool [N, B], with the gradient of `probs` (DynMM's hard gate).
+
+    onehot - stopgrad(p) + p evaluates to exactly 0 and 1 in this order of operations.
+    """
+    return selected.to(probs.dtype) - probs.detach() + probs
+
+
+def gumbel_like(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits).
+
+    Drawn in fp32 at least, so that a half-precision uniform never rounds to 0 or 1.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    exponential = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    return -exponential.exponential_(generator=generator).log_().to(logits.dtype)
+
+
+def tempered_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) over columns; a small temperature overflows no fp16."""
+    if logits.dtype == torch.float16:
+        logits = logits - logits.detach().amax(1, keepdim=True)
+    return (logits / temperature).softmax(1)
+
+
+def as_column(column: Tensor, output: Tensor) -> Tensor:
+    """[N], to be broadcast over the rows of `output`."""
+    return column.view(-1, *[1] * (output.ndim - 1))
