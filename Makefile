@@ -1,6 +1,7 @@
 .PHONY: install format lint test check bench demo
 
-install:  ## editable, with the torch of this environment
+install:  ## editable, with the torch of this environment, or a new one where there is none
+	pip install "torch>=2.10" ninja "pybind11>=3" "setuptools>=70.1"
 	pip install --no-build-isolation -e '.[dev]'
 
 format:

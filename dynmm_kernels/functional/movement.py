@@ -26,6 +26,12 @@ def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
 
     Raises:
         ValueError: a tensor's dim 0 is not N, or it is on another device than the plan.
+
+    Example:
+        >>> from dynmm_kernels import gather, route
+        >>> plan = route(torch.tensor([1, 0, 1]), 2)
+        >>> gather(plan, torch.tensor([10, 20, 30]))
+        [tensor([20]), tensor([10, 30])]
     """
     leaves, spec = tree.flatten(tensors)
     rows, _, _ = tree.find_rows(leaves, "gather", plan.num_rows)
@@ -59,6 +65,13 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
     Raises:
         ValueError, TypeError: an output whose structure, row count, shape or dtype differs; the
             message names the branch.
+
+    Example:
+        >>> from dynmm_kernels import combine, gather, route
+        >>> plan = route(torch.tensor([1, 0, 1]), 2)
+        >>> low, high = gather(plan, torch.tensor([10, 20, 30]))
+        >>> combine(plan, [low, -high])
+        tensor([-10,  20, -30])
     """
     if len(outputs) != plan.num_branches:
         raise ValueError(

@@ -22,6 +22,14 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
         TypeError: `selection` is neither integer nor bool.
         ValueError: wrong shape, more than 2**31 - 2 entries or 2**20 branches, or a value outside
             -1..B-1 (on a GPU it is raised when the counts are first read).
+
+    Example:
+        >>> from dynmm_kernels import route
+        >>> plan = route(torch.tensor([1, 0, 1, -1]), 2)
+        >>> plan.counts
+        (1, 2)
+        >>> plan.rows(1)
+        tensor([0, 2])
     """
     given = selection
     plain = type(selection) is Tensor and selection.ndim == 1 and selection.dtype is torch.int64

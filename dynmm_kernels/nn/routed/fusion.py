@@ -45,6 +45,14 @@ class RoutedFusion(Settings):
             the whole batch, which is exact. "subset": on its own samples, whose statistics differ.
 
     All six may be changed between calls; parameters and state_dict are the same in every mode.
+
+    Example:
+        >>> branches = {"cheap": nn.Linear(8, 3), "costly": nn.Linear(8, 3)}
+        >>> fusion = RoutedFusion(nn.Linear(8, 2), branches)
+        >>> choice = torch.tensor([0, 1, 0, 0])  # left out: the gate decides
+        >>> output, routing = fusion(torch.randn(4, 8), choice=choice, return_routing=True)
+        >>> output.shape, routing.counts
+        (torch.Size([4, 3]), (3, 1))
     """
 
     def __init__(
