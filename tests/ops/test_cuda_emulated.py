@@ -4,9 +4,7 @@ import kernel_cases as cases
 import pytest
 import torch
 from cuda_emulator import NAMESPACE, build
-from raw_calls import difference
 from tensors import FLOATS, LAYOUTS, SELECTIONS
-from test_raw_ops import good_calls
 
 from dynmm_kernels.ops.schemas import OPS
 
@@ -29,8 +27,7 @@ def run(tmp_path_factory, proved):
 
 @pytest.mark.parametrize("op", OPS)
 def test_good_calls(run, op):
-    for arguments in good_calls(op):
-        assert difference(run, (op, list(arguments))) is None
+    cases.check_good_calls(run, op)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 8, 256])
