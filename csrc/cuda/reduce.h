@@ -7,8 +7,11 @@ namespace dynmm {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Blocks that share one sum at most; their parts lie in memory until they are added.
-constexpr int64_t kMostParts = 64;
+// How many blocks share a sum of `units`: one for `each` of them, but not too many. Their parts lie
+// in memory until add_parts.
+inline int64_t parts_of(int64_t units, int64_t each) {
+  return std::clamp<int64_t>(ceil_div(units, each), 1, 64);
+}
 
 // Of the sums of A that lie in memory.
 template <class A>
@@ -24,6 +27,18 @@ __device__ A block_sum(A sum) {
   sum = 0;
   for (int w = 0; w < kThreads / kWarp; ++w) sum += warp_sums[w];
   return sum;
+}
+
+// The sums over parts [1 or 2, count, entries], in ascending order; the block's y says which.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    add_parts(const A* parts, int64_t count, int64_t entries, A* first, A* second) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= entries) return;
+  const A* from = parts + blockIdx.y * count * entries + i;
+  A sum = 0;
+  for (int64_t p = 0; p < count; ++p) sum += from[p * entries];
+  (blockIdx.y == 0 ? first : second)[i] = sum;
 }
 
 }  // namespace dynmm

@@ -48,21 +48,25 @@ __device__ int32_t claim(int branch, int32_t* counters) {
   return before + __popc(same & ((1u << lane) - 1));
 }
 
-// counters[warp][b] becomes the sum over earlier warps; totals[b] the sum over all. Whole block.
-__device__ void scan_warps(int32_t* counters, int warps, int branches, int32_t* totals) {
-  for (int b = threadIdx.x; b < branches; b += blockDim.x) {
-    int32_t sum = 0;
-    for (int w = 0; w < warps; ++w) {
-      const int32_t count = counters[w * branches + b];
-      counters[w * branches + b] = sum;
-      sum += count;
-    }
-    totals[b] = sum;
-  }
+// What a block begins with. Whole block.
+__device__ void clear(int32_t* counters, int size, Faults* faults) {
+  for (int i = threadIdx.x; i < size; i += blockDim.x) counters[i] = 0;
+  if (threadIdx.x == 0) *faults = {0, kNoEntry};
 }
 
-// Exclusive prefix sum in place, by one warp; returns the total.
-__device__ int32_t exclusive_scan(int32_t* values, int size) {
+// Of one branch: the counter of each warp becomes `sum` and those of earlier warps; returns `sum`
+// and those of all.
+__device__ int32_t scan_warps(int32_t* counters, int warps, int branches, int32_t sum) {
+  for (int w = 0; w < warps; ++w) {
+    const int32_t count = counters[w * branches];
+    counters[w * branches] = sum;
+    sum += count;
+  }
+  return sum;
+}
+
+// Exclusive prefix sum in place, by one warp.
+__device__ void exclusive_scan(int32_t* values, int size, int32_t* total) {
   const int lane = threadIdx.x % kWarp;
   int32_t carry = 0;
   for (int at = 0; at < size; at += kWarp) {
@@ -75,7 +79,7 @@ __device__ int32_t exclusive_scan(int32_t* values, int size) {
     if (at + lane < size) values[at + lane] = carry + sum - own;
     carry += __shfl_sync(kAllLanes, sum, kWarp - 1);
   }
-  return carry;
+  if (lane == 0) *total = carry;
 }
 
 __device__ void write_header(const Plan& plan, const int32_t* offsets, int32_t total,
@@ -93,6 +97,11 @@ __device__ void place(const Plan& plan, int64_t entry, int branch, int32_t slot)
   if (branch >= 0) plan.order[slot] = static_cast<int32_t>(entry);
 }
 
+// Slots first..stop-1 hold no entry. Whole block.
+__device__ void leave_empty(const Plan& plan, int64_t first, int64_t stop) {
+  for (int64_t slot = first + threadIdx.x; slot < stop; slot += blockDim.x) plan.order[slot] = -1;
+}
+
 // Up to 16 K entries in one launch. Warp w owns kItems * 32 consecutive entries and keeps their
 // branches in registers. Shared memory: counters [warps][B], offsets [B].
 template <int kItems, class Select>
@@ -101,11 +110,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   extern __shared__ int32_t shared[];
   __shared__ Faults all_faults;
   __shared__ int32_t total;
-  if (threadIdx.x == 0) all_faults = {0, kNoEntry};
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int32_t* counters = shared;
   int32_t* offsets = shared + warps * plan.branches;
-  for (int i = threadIdx.x; i < warps * plan.branches; i += blockDim.x) counters[i] = 0;
+  clear(counters, warps * plan.branches, &all_faults);
 
   int branch[kItems];
   uint16_t rank[kItems];  // within the warp's kItems * 32 entries
@@ -124,12 +132,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   if (lane == 0) faults.add_to(&all_faults);
   __syncthreads();
-  scan_warps(counters, warps, plan.branches, offsets);
-  __syncthreads();
-  if (warp == 0) {
-    const int32_t sum = exclusive_scan(offsets, plan.branches);
-    if (lane == 0) total = sum;
+  for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
+    offsets[b] = scan_warps(counters + b, warps, plan.branches, 0);
   }
+  __syncthreads();
+  if (warp == 0) exclusive_scan(offsets, plan.branches, &total);
   __syncthreads();
   write_header(plan, offsets, total, all_faults);
 #pragma unroll
@@ -139,9 +146,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const int b = max(branch[i], 0);
     place(plan, entry, branch[i], offsets[b] + counters[warp * plan.branches + b] + rank[i]);
   }
-  for (int64_t slot = total + threadIdx.x; slot < plan.entries; slot += blockDim.x) {
-    plan.order[slot] = -1;
-  }
+  leave_empty(plan, total, plan.entries);
 }
 
 // Many entries, in two launches. Every block owns one run of `tile` entries, every warp of it a run
@@ -157,9 +162,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     count_tiles(const Plan plan, const Select select, const Tiles tiles) {
   extern __shared__ int32_t counters[];
   __shared__ Faults all_faults;
-  if (threadIdx.x == 0) all_faults = {0, kNoEntry};
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int i = threadIdx.x; i < warps * plan.branches; i += blockDim.x) counters[i] = 0;
+  clear(counters, warps * plan.branches, &all_faults);
   __syncthreads();
   const int64_t first = blockIdx.x * tiles.tile + warp * tiles.span;
   Faults faults{0, kNoEntry};
@@ -171,39 +175,44 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   if (lane == 0) faults.add_to(&all_faults);
   __syncthreads();
-  scan_warps(counters, warps, plan.branches, tiles.counts + blockIdx.x * plan.branches);
+  for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
+    tiles.counts[blockIdx.x * plan.branches + b] =
+        scan_warps(counters + b, warps, plan.branches, 0);
+  }
   if (threadIdx.x == 0) tiles.faults[blockIdx.x] = all_faults;
 }
 
-// Shared memory: counters [warps][B], offsets [B], base [B].
+// base[b]: entries of branch b in earlier tiles; totals[b]: in all tiles. Whole block.
+__device__ void base_and_totals(const Tiles& tiles, int branches, int32_t* base, int32_t* totals) {
+  for (int b = threadIdx.x; b < branches; b += blockDim.x) {
+    int32_t before = 0, all = 0;
+#pragma unroll 8
+    for (int t = 0; t < gridDim.x; ++t) {
+      const int32_t count = tiles.counts[t * branches + b];
+      if (t < blockIdx.x) before += count;
+      all += count;
+    }
+    base[b] = before;
+    totals[b] = all;
+  }
+}
+
+// Shared memory: counters [warps][B], offsets [B], base [B]. Counters become the next slot of each
+// warp and branch.
 template <class Select>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     place_tiles(const Plan plan, const Select select, const Tiles tiles) {
   extern __shared__ int32_t shared[];
   __shared__ Faults all_faults;
   __shared__ int32_t total;
-  if (threadIdx.x == 0) all_faults = {0, kNoEntry};
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int32_t* counters = shared;
   int32_t* offsets = shared + warps * plan.branches;
   int32_t* base = offsets + plan.branches;
-  for (int i = threadIdx.x; i < warps * plan.branches; i += blockDim.x) counters[i] = 0;
-  for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
-    int32_t before = 0, all = 0;
-#pragma unroll 8
-    for (int t = 0; t < gridDim.x; ++t) {
-      const int32_t count = tiles.counts[t * plan.branches + b];
-      if (t < blockIdx.x) before += count;
-      all += count;
-    }
-    base[b] = before;
-    offsets[b] = all;
-  }
+  clear(counters, warps * plan.branches, &all_faults);
+  base_and_totals(tiles, plan.branches, base, offsets);
   __syncthreads();
-  if (warp == 0) {
-    const int32_t sum = exclusive_scan(offsets, plan.branches);
-    if (lane == 0) total = sum;
-  }
+  if (warp == 0) exclusive_scan(offsets, plan.branches, &total);
   const int64_t first = blockIdx.x * tiles.tile + warp * tiles.span;
   int32_t* own = counters + warp * plan.branches;
 #pragma unroll 4
@@ -212,12 +221,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
   for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
-    int32_t sum = offsets[b] + base[b];
-    for (int w = 0; w < warps; ++w) {
-      const int32_t count = counters[w * plan.branches + b];
-      counters[w * plan.branches + b] = sum;
-      sum += count;
-    }
+    scan_warps(counters + b, warps, plan.branches, offsets[b] + base[b]);
   }
   __syncthreads();
 #pragma unroll 4
@@ -227,11 +231,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const int32_t slot = claim(branch, own);
     if (entry < plan.entries) place(plan, entry, branch, slot);
   }
-  const int64_t stop = min((blockIdx.x + 1) * tiles.tile, plan.entries);
-  for (int64_t slot = max(blockIdx.x * tiles.tile, static_cast<int64_t>(total)) + threadIdx.x;
-       slot < stop; slot += blockDim.x) {
-    plan.order[slot] = -1;
-  }
+  leave_empty(plan, max(blockIdx.x * tiles.tile, static_cast<int64_t>(total)),
+              min((blockIdx.x + 1) * tiles.tile, plan.entries));
   if (blockIdx.x == 0) {
     for (int t = threadIdx.x; t < gridDim.x; t += blockDim.x) tiles.faults[t].add_to(&all_faults);
     __syncthreads();

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kUnitsPerPart = 8 * kPieces;  // units of one row that one block takes
 
-// Block (entry, part) sums its part of the entry's product into parts[entry, part].
+// Block (entry, part) sums its part of the entry's product into parts[part, entry].
 template <class T, int kValues, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     row_dot_parts(const __grid_constant__ SlotTable<kCapacity> slots, const char* rows,
@@ -32,17 +32,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   sum = block_sum(sum);
-  if (threadIdx.x == 0) parts[entry * gridDim.y + part] = sum;
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    add_parts(const A* parts, int64_t entries, int64_t parts_per_entry, A* dots) {
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (entry >= entries) return;
-  A sum = 0;
-  for (int64_t p = 0; p < parts_per_entry; ++p) sum += parts[entry * parts_per_entry + p];
-  dots[entry] = sum;
+  if (threadIdx.x == 0) parts[part * gridDim.x + entry] = sum;
 }
 
 struct Dots : OnDevice {
@@ -59,8 +49,8 @@ struct Dots : OnDevice {
     visit_values<T>(bits, [&](auto values) {
       constexpr int kValues = decltype(values)::value;
       const int64_t units = numel / kValues;
-      const int64_t parts = std::clamp<int64_t>(ceil_div(units, kUnitsPerPart), 1, kMostParts);
-      const Tensor partial = parts > 1 ? empty_matrix(device, entries, parts, kSumDtype<A>) : dots;
+      const int64_t parts = parts_of(units, kUnitsPerPart);
+      const Tensor partial = parts > 1 ? empty_matrix(device, parts, entries, kSumDtype<A>) : dots;
       auto* sums = static_cast<A*>(partial.mutable_data_ptr());
       const dim3 grid(static_cast<unsigned>(entries), static_cast<unsigned>(parts));
       visit_table("row_dots", slots, [&](const auto& table) {
@@ -71,7 +61,7 @@ struct Dots : OnDevice {
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       if (parts == 1) return;
       const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(entries, kThreads));
-      add_parts<<<blocks, kThreads, 0, stream()>>>(sums, entries, parts, out);
+      add_parts<<<blocks, kThreads, 0, stream()>>>(sums, parts, entries, out, out);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }

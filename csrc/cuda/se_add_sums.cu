@@ -55,18 +55,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The sums over parts [2 or 1, parts, entries]; the block's y says which.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    add_channel_parts(const A* parts, int64_t count, int64_t entries, A* first, A* second) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= entries) return;
-  const A* from = parts + blockIdx.y * count * entries + i;
-  A sum = 0;
-  for (int64_t p = 0; p < count; ++p) sum += from[p * entries];
-  (blockIdx.y == 0 ? first : second)[i] = sum;
-}
-
 struct Sums : OnDevice {
   using OnDevice::OnDevice;
 
@@ -97,7 +85,7 @@ struct Sums : OnDevice {
       const int64_t units = ceil_div<int64_t>(layout.pixels, kLast ? 1 : kValues);
       const auto launch = [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
-        const int64_t parts = std::clamp<int64_t>(ceil_div(units, kLanes * kSteps), 1, kMostParts);
+        const int64_t parts = parts_of(units, kLanes * kSteps);
         const Tensor partial =
             parts > 1 ? empty_matrix(device, parts * (kDots ? 2 : 1), entries, kSumDtype<A>)
                       : of_main;
@@ -110,7 +98,7 @@ struct Sums : OnDevice {
         STD_CUDA_KERNEL_LAUNCH_CHECK();
         if (parts == 1) return;
         const dim3 all(static_cast<unsigned>(ceil_div<int64_t>(entries, kThreads)), kDots ? 2 : 1);
-        add_channel_parts<<<all, kThreads, 0, stream()>>>(to, parts, entries, first, second);
+        add_parts<<<all, kThreads, 0, stream()>>>(to, parts, entries, first, second);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
       if (kLast || units <= kWarp * kSteps) {

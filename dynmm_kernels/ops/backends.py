@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,19 +34,13 @@ _log = logging.getLogger("dynmm_kernels")
 class Kernels:
     """One callable per op, and `traced`, the same in a form that torch.compile can trace."""
 
-    route: Callable[..., Any]
-    route_argmax: Callable[..., Any]
-    gather_rows: Callable[..., Any]
-    combine_rows: Callable[..., Any]
-    row_dots: Callable[..., Any]
-    se_add: Callable[..., Any]
-    se_add_means: Callable[..., Any]
-    se_add_dots: Callable[..., Any]
-    se_add_grads: Callable[..., Any]
-
     def __init__(self, calls: dict[str, Callable[..., Any]], traced: Kernels | None = None) -> None:
         self.__dict__.update(calls)
         self.traced = traced or self
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, op: str) -> Callable[..., Any]: ...
 
 
 def _load_cuda() -> Compiled:

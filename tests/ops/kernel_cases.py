@@ -20,6 +20,7 @@ from tensors import (
     wider_table,
     zero_bytes,
 )
+from test_raw_ops import good_calls
 from torch import Tensor
 
 import dynmm_kernels
@@ -70,6 +71,14 @@ def check_moves(run: Run, op: str, *arguments: Any) -> None:
     """The op's results, one or several, are the reference's bit for bit."""
     for ours, theirs in results(run, op, *arguments):
         assert_same(ours, theirs)
+
+
+def check_good_calls(run: Run, op: str) -> None:
+    """The plainest calls, of which every op must have one."""
+    tolerance = None if ops.schemas.OPS[op].sums else 0.0
+    for arguments in good_calls(op):
+        for ours, theirs in results(run, op, *arguments):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=tolerance, atol=tolerance)
 
 
 def check_route(run: Run, rows: int, branches: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from cuda_emulator import NAMESPACE, build
 from tensors import FLOATS, LAYOUTS, SELECTIONS
 
-from dynmm_kernels.ops import schemas
+from dynmm_kernels.ops.schemas import OPS
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +14,20 @@ def run(tmp_path_factory, proved):
     """Runs an op on the emulator."""
     library = build(tmp_path_factory.mktemp("emulated"))
 
+    ran = {}  # in order
+
     def on_emulator(op: str, *arguments):
+        ran[op] = True
         return getattr(getattr(torch.ops, NAMESPACE), op)(*arguments)
 
     yield on_emulator
-    ops_run = ", ".join(schemas.OPS)
-    proved(f"CUDA kernels on the emulator: {ops_run}")
+    proved(f"CUDA kernels on the emulator: {', '.join(ran)}")
     del library
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_calls(run, op):
+    cases.check_good_calls(run, op)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 8, 256])

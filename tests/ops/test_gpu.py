@@ -58,6 +58,11 @@ def on_device(tensor: Tensor) -> Tensor:
     return storage.as_strided(tensor.shape, tensor.stride(), offset)
 
 
+@pytest.mark.parametrize("op", ops.schemas.OPS)
+def test_good_calls(backend, op):
+    cases.check_good_calls(run, op)
+
+
 @pytest.mark.parametrize("branches", [1, 2, 8, 256])
 @pytest.mark.parametrize("rows", cases.ROWS)
 def test_route(backend, rows, branches):

@@ -8,6 +8,8 @@ import raw_calls
 import torch
 from torch import Tensor
 
+from dynmm_kernels.ops.schemas import OPS
+
 ORDER = torch.tensor([0, 2, 1, 3, 5, 4], dtype=torch.int32)
 INVERSE = torch.tensor([[0, 1], [4, -1], [2, 3]], dtype=torch.int32)
 X, MAPS = torch.randn(3, 4), torch.randn(3, 4, 2, 2)
@@ -28,6 +30,17 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "se_add_grads": (MAPS, FACTORS, FACTORS, FACTORS, FACTORS),
 }
 SPOILT_INTS = (-(2**62), -1, 0, 2**20 + 1, 2**62)
+
+
+def good_calls(op: str) -> list[tuple[Any, ...]]:
+    """Arguments that `op` takes, at least one case of them."""
+    calls = [arguments for name, arguments in GOOD.items() if op_of(name) == op]
+    assert calls, f"{op} has no good calls"
+    return calls
+
+
+def op_of(name: str) -> str:
+    return name.replace(",", " ").split()[0]
 
 
 def spoilt_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -70,7 +83,7 @@ def spoilt(value: Any) -> Iterator[tuple[str, Any]]:
 def raw_list() -> Iterator[tuple[str, raw_calls.Call]]:
     """Each good call, and then with one argument spoilt; a few hundred, most of them refused."""
     for name, arguments in GOOD.items():
-        op = name.replace(",", " ").split()[0]
+        op = op_of(name)
         yield name, (op, list(arguments))
         for at, value in enumerate(arguments):
             for told, other in spoilt(value):
@@ -101,6 +114,15 @@ def test_the_raw_list():
         if (problem := raw_calls.difference(raw_calls.run_dispatched, call))
     }
     assert problems == {}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_calls(op):
+    """Every op has some, which nobody refuses."""
+    for arguments in good_calls(op):
+        call = op, list(arguments)
+        assert not isinstance(raw_calls.outcome(raw_calls.run_reference, call), str)
+        assert raw_calls.difference(raw_calls.run_dispatched, call) is None
 
 
 @pytest.mark.parametrize("seed", range(4))

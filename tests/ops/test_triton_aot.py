@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from dynmm_kernels.ops import reference, weight_dtype  # noqa: E402
 from dynmm_kernels.ops import triton as ops  # noqa: E402
+from dynmm_kernels.ops.schemas import OPS  # noqa: E402
 from dynmm_kernels.ops.triton import configs, rows  # noqa: E402
 from dynmm_kernels.ops.triton import launch as launching  # noqa: E402
 
@@ -30,7 +31,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block can have
-OPS = ("gather_rows", "combine_rows", "row_dots", "route", "se_add", "se_add_sums")
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -41,6 +41,14 @@ class Compiled:
         self.arch = arch
         self.kernels: dict[str, object] = {}
         self.configs: set[tuple] = set()
+        self.ops: set[str] = set()
+
+    def noted(self, op: str, call: Callable) -> Callable:
+        def asked(*arguments):
+            self.ops.add(op)
+            return call(*arguments)
+
+        return asked
 
     def launch(self, kernel, programs, like, *args, **options) -> None:
         assert programs > 0
@@ -64,8 +72,9 @@ def compiling(arch: int, cache: Path) -> Iterator[Compiled]:
         patch.setattr(triton.knobs.cache, "dir", str(cache))
         patch.setattr(triton.runtime.driver, "_active", driver)
         for op in OPS:
-            module = importlib.import_module(f"{ops.__name__}.{op}")
-            patch.setattr(module, "launch", result.launch)
+            call = getattr(ops, op)
+            patch.setattr(importlib.import_module(call.__module__), "launch", result.launch)
+            patch.setattr(ops, op, result.noted(op, call))
         yield result
 
 
@@ -158,6 +167,7 @@ def wanted_configs() -> set[tuple]:
 
 
 def test_all_configurations_compile(compiled, proved):
+    assert compiled.ops == set(OPS)
     assert compiled.configs == wanted_configs()
     kernels = {name for name, *_ in compiled.configs}
     proved(

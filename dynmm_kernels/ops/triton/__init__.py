@@ -2,23 +2,15 @@
 
 Importing this package imports triton, so that only the first call of a Triton op does. Kernels loop
 with `while`: Triton 3.6 cannot interpret a `range` over arguments with NumPy 2.4.
+
+What a file here calls by the name of an op serves that op.
 """
 
-from .combine_rows import combine_rows
-from .gather_rows import gather_rows
-from .route import route, route_argmax
-from .row_dots import row_dots
-from .se_add import se_add, se_add_grads
-from .se_add_sums import se_add_dots, se_add_means
+import importlib
+import pkgutil
 
-__all__ = [
-    "combine_rows",
-    "gather_rows",
-    "route",
-    "route_argmax",
-    "row_dots",
-    "se_add",
-    "se_add_dots",
-    "se_add_grads",
-    "se_add_means",
-]
+from ..schemas import OPS
+
+for _file in list(pkgutil.iter_modules(__path__)):
+    _here = vars(importlib.import_module(f"{__name__}.{_file.name}"))
+    globals().update({op: _here[op] for op in OPS if op in _here})

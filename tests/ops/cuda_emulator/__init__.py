@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from dynmm_kernels.ops import schemas
+from dynmm_kernels.ops.schemas import OPS
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMESPACE = "dynmm_emulated"
@@ -45,9 +45,8 @@ def build(folder: Path) -> torch.library.Library:
         if target.suffix == ".cpp":
             sources.append(str(target))
     library = torch.library.Library(NAMESPACE, "DEF")
-    for op in schemas.OPS:
-        schema = str(getattr(getattr(torch.ops, schemas.NAMESPACE), op).default._schema)
-        library.define(schema.removeprefix(f"{schemas.NAMESPACE}::"))
+    for op in OPS.values():
+        library.define(op.schema)
     torch_folder = Path(torch.__file__).parent
     include, shared = torch_folder / "include", folder / "emulated.so"
     command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O1", "-w", "-ffp-contract=off"]
