@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
 from benchmarks.ceilings import ceiling
-from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.workloads import (
     IMDB_BATCH_NORM,
     WORKLOADS,
@@ -19,6 +18,7 @@ from benchmarks.workloads import (
     planned_logits,
 )
 from dynmm_kernels import RoutedFusion
+from dynmm_kernels.measure.memory import peak_bytes, saved_bytes
 
 
 def counted_macs(module, inputs, n):
