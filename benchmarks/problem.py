@@ -49,7 +49,7 @@ TRAINING = {
     "bare_selected": "selected",
 }
 BARE = {"routed": "bare", "routed_selected": "bare_selected"}  # the same work, without routing
-SPARSE = ("loop", *BARE, *BARE.values())
+SPARSE = ("loop", *BARE, *BARE.values())  # rows that could win
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def summary_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
     for setting, outcome in outcomes.items():
         if not isinstance(setting, Setting) or "masked" not in outcome.seconds:
             continue
-        for row in filter(BARE.__contains__, outcome.seconds):
+        for row in [row for row in BARE if row in outcome.seconds]:
             info = setting.info(outcome, row)
             info["routed_ms"] = 1e3 * outcome.median(row)
             info["masked_ms"] = 1e3 * outcome.median("masked")
