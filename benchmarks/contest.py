@@ -1,68 +1,63 @@
-"""One group of a benchmark: a workload, a batch size, a gate probability; all rows interleaved.
+"""The one path of every row: contestants are checked, timed in turns and handed over."""
 
-``run_contest`` builds every row from the same weights, checks each against fp64, drops the wrong
-ones, times the others together and counts their memory.
-"""
-
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves
+import pytest
 
-from benchmarks.baselines import Bare
-from benchmarks.ceilings import ceiling
-from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.problem import Problem, Setting
-from benchmarks.reference import (
-    TOLERANCE,
-    gradient_vectors,
-    reference_gradients,
-    reference_outputs,
-    relative_error,
-)
-from benchmarks.timing import Effort, interleave
-from benchmarks.workloads import WORKLOADS
-
-# Row -> the kind of blend it must agree with (see reference.py).
-FORWARD_ROWS = {
-    "static_e1": "static_e1",
-    "static_e2": "static_e2",
-    "dense": "dense",
-    "masked": "masked",
-    "masked_compiled": "masked",
-    "loop": "masked",
-    "routed": "masked",
-    "bare": "masked",
-}
-TRAINING_ROWS = {
-    "static_e1": "static_e1",
-    "static_e2": "static_e2",
-    "dense": "dense",
-    "masked": "masked",
-    "loop": "selected",
-    "routed": "masked",
-    "routed_selected": "selected",
-    "bare": "masked",
-    "bare_selected": "selected",
-}
+from benchmarks.replay import replay
+from dynmm_kernels.measure.timing import Effort, interleave
 
 
-@dataclass
-class Outcome:
-    setting: Setting
-    counts: tuple[int, ...]
+@dataclass(frozen=True)
+class Row:
+    """One contestant."""
+
+    call: Callable[[], Any]
+    compares_to: str | None = None
+    """The row that does the same work without routing: the denominator of the overhead."""
+    ceiling: float | None = None
+    """The speed-up over masked that its multiply-accumulates allow."""
+    memory: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    """What to count, in bytes, after the timing."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    rows: dict[str, Row]
     errors: dict[str, float]
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    peak: dict[str, int] = field(default_factory=dict)
-    saved: dict[str, int] = field(default_factory=dict)
+    """How far each row is from what it must compute."""
+    tolerance: float = 0.0
+    device: str = "cpu"
 
-    def passed(self, row: str) -> bool:
-        return self.errors[row] <= TOLERANCE[self.setting.dtype]
+    def run(self, effort: Effort) -> "Outcome":
+        """Times the rows that are right, together, and counts their memory."""
+        rows = {n: row for n, row in self.rows.items() if self.errors[n] <= self.tolerance}
+        calls = {name: row.call for name, row in rows.items()}
+        return Outcome(
+            self.errors,
+            {name: row.ceiling for name, row in rows.items()},
+            {name: row.compares_to for name, row in rows.items()},
+            interleave(calls, effort, self.device) if calls else {},
+            {n: {what: count() for what, count in row.memory.items()} for n, row in rows.items()},
+        )
 
-    def milliseconds(self, row: str) -> float:
-        return 1e3 * median(self.seconds[row])
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a contest: numbers, no model. A row that was wrong has no times."""
+
+    errors: dict[str, float]
+    ceilings: dict[str, float | None]
+    compares_to: dict[str, str | None]
+    seconds: dict[str, list[float]]
+    """Of each round."""
+    memory: dict[str, dict[str, int]]
+
+    def median(self, row: str) -> float:
+        return median(self.seconds[row])
 
     def ratio(self, slow: str, fast: str) -> float | None:
         """Median over rounds of the two rows' quotient: a slow moment hits both."""
@@ -71,92 +66,40 @@ class Outcome:
         rounds = zip(self.seconds[slow], self.seconds[fast], strict=True)
         return median(a / b for a, b in rounds)
 
-    def gate_grad(self, row: str) -> str | None:
-        if not self.setting.training:
-            return None
-        return "selected" if TRAINING_ROWS[row] == "selected" else "straight_through"
-
-    def info(self, row: str) -> dict[str, Any]:
-        """What goes beside the times of one row."""
-        setting = self.setting
-        costs = WORKLOADS[setting.workload].costs
-        info: dict[str, Any] = {
-            "workload": setting.workload,
-            "kind": "training" if setting.training else "forward",
-            "n": setting.n,
-            "p": setting.p,
-            "row": row,
-            "counts": self.counts,
-            "macs_gate": costs.gate,
-            "macs_branches": costs.branches,
-            "device": setting.device,
-            "dtype": str(setting.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "error": self.errors[row],
-            "peak_mb": self.peak[row] / 1e6,
-            "realised": self.ratio("masked", row),
-        }
-        if setting.training:
-            info["saved_mb"] = self.saved[row] / 1e6
-        if row.startswith(("routed", "loop", "bare")):
-            info["ceiling"] = ceiling(costs, self.counts, self.gate_grad(row))
-            if info["realised"] is not None:
-                info["realised_over_ceiling"] = info["realised"] / info["ceiling"]
-        if row.startswith("routed"):
-            info["overhead"] = self.ratio(row, row.replace("routed", "bare"))
-            same_gradient = self.gate_grad(row) == self.gate_grad("loop")
-            info["loop_over_routed"] = self.ratio("loop", row) if same_gradient else None
-        return info
+    def gains(self, row: str) -> dict[str, float | None]:
+        """What a row wins over masked, of how much it could win, and what routing itself costs."""
+        realised, ceiling = self.ratio("masked", row), self.ceilings[row]
+        gains = {"realised": realised}
+        if ceiling is not None:
+            gains["ceiling"] = ceiling
+            if realised is not None:
+                gains["realised_over_ceiling"] = realised / ceiling
+        if (bare := self.compares_to[row]) is not None:
+            gains["overhead"] = self.ratio(row, bare)
+        return gains
 
 
-def forward_errors(problem: Problem) -> dict[str, float]:
-    exact = problem.double()
-    references = reference_outputs(exact.gate, exact.experts, exact.x, problem.setting.n)
-    bare = Bare.prepare(problem.gate, problem.experts, problem.x, problem.choice)
-    errors = {}
-    for row, run in problem.forwards().items():
-        output, reference = run(), references[FORWARD_ROWS[row]]
-        if row == "bare":
-            output = torch.cat(output)
-            reference = torch.cat([reference[rows] for _, _, rows in bare.selected])
-        errors[row] = relative_error(output, reference)
-    return errors
+Outcomes = dict[Any, Outcome]
 
 
-def training_errors(problem: Problem) -> dict[str, float]:
-    """The worst of the gradients' errors; the gate's does not count for the bare calls."""
-    exact = problem.double()
-    loss = WORKLOADS[problem.setting.workload].loss
-    references = reference_gradients(exact.gate, exact.experts, exact.x, exact.target, loss)
-    errors = {}
-    for row, step in problem.steps().items():
-        step()
-        gradients = gradient_vectors(problem.gate, problem.experts)
-        if row.startswith("bare"):
-            del gradients["gate"]
-        reference = references[TRAINING_ROWS[row]]
-        errors[row] = max(relative_error(g, reference[part]) for part, g in gradients.items())
-    return errors
+def race(
+    outcomes: Outcomes,
+    benchmark: Any,
+    effort: Effort,
+    setting: Any,
+    row: str,
+    contest: Callable[[], Contest],
+) -> None:
+    """Runs a contest for its first row and keeps the outcome for the others; fails for a wrong row.
 
-
-def run_contest(setting: Setting, effort: Effort) -> Outcome:
-    """Checks without dropout (draws differ between rows), times with the paper's."""
-    with torch.set_grad_enabled(setting.training):
-        checked = Problem.build(setting, dropout=0.0)
-        counts = tuple(torch.bincount(checked.choice, minlength=2).tolist())
-        errors = training_errors(checked) if setting.training else forward_errors(checked)
-        outcome = Outcome(setting, counts, errors)
-        del checked
-
-        problem = Problem.build(setting)
-        runs = problem.steps() if setting.training else problem.forwards()
-        runs = {row: run for row, run in runs.items() if outcome.passed(row)}
-        outcome.seconds = interleave(runs, effort, setting.device)
-        for row, run in runs.items():
-            problem.forget_gradients()
-            outcome.peak[row] = peak_bytes(run, setting.device)
-        if setting.training:
-            known = problem.parameters() + tree_leaves(problem.x)
-            losses = problem.losses()
-            outcome.saved = {row: saved_bytes(losses[row], known) for row in runs}
-    return outcome
+    `setting` is the contest's key and, as a string, its name in the tables; its
+    `info(outcome, row)` goes beside the times of a row.
+    """
+    if setting not in outcomes:
+        outcomes[setting] = contest().run(effort)
+    outcome = outcomes[setting]
+    if row not in outcome.seconds:
+        pytest.fail(f"{row}: relative error {outcome.errors[row]:.1e}; not timed")
+    benchmark.group = str(setting)
+    benchmark.extra_info.update(setting.info(outcome, row))
+    replay(benchmark, outcome.seconds[row])

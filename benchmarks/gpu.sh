@@ -50,7 +50,7 @@ stage_bench() {
     --benchmark-json "$out/results.json"
 }
 
-stage_plot() { python benchmarks/plot.py "$out/results.json" -o "$out/speedup.png"; }
+stage_plot() { python -m dynmm_kernels plot "$out/results.json" -o "$out/speedup.png"; }
 
 failures=0
 summary=""

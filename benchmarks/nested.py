@@ -5,20 +5,23 @@ Batch norm is frozen: in training it would couple the samples, and the stack wou
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.nyud import MIXES, PATHS, SegmentationNet
+from benchmarks.ceilings import stack_costs
+from benchmarks.contest import Contest, Outcome, Row
+from benchmarks.nyud import PATHS, SegmentationNet
 from benchmarks.problem import freeze_batch_norm
+from benchmarks.reference import TOLERANCE
+from benchmarks.workloads import PlannedGate, planned_depths, planned_logits
 from dynmm_kernels import NestedFusion
+from dynmm_kernels.measure.memory import peak_bytes
 from dynmm_kernels.nn import Add, SEAdd
 
-Runs = dict[str, Callable[[], Any]]
+ROWS = ("static", "masked", "routed", "bare")
 READ = (1, 2, 3)  # stages whose outputs the decoder reads besides the last
 
 
@@ -36,72 +39,21 @@ class StackSetting:
         size = f"{self.height}x{self.height * 4 // 3}"
         return f"{step} nyud-{self.kind} {size} N={self.n} mix {self.mix}"
 
+    def gains(self, outcome: Outcome) -> dict[str, float | None]:
+        """What routing wins, and what it costs."""
+        peak = {row: outcome.memory[row]["peak"] for row in ("routed", "masked")}
+        return {
+            "routed_s": outcome.median("routed"),
+            "masked_s": outcome.median("masked"),
+            **outcome.gains("routed"),
+            "static_over_routed": outcome.ratio("static", "routed"),
+            "peak_over_masked": peak["routed"] / peak["masked"],
+        }
 
-def planned_depths(n: int, mix: str, seed: int = 0) -> Tensor:
-    """int64 [n]: each path as often as its share says (largest remainders), shuffled."""
-    exact = [n * share for share in MIXES[mix]]
-    counts = [int(count) for count in exact]
-    by_remainder = sorted(range(PATHS), key=lambda d: counts[d] - exact[d])
-    for d in by_remainder[: n - sum(counts)]:
-        counts[d] += 1
-    depths = torch.repeat_interleave(torch.arange(PATHS), torch.tensor(counts))
-    return depths[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-
-
-class PlannedPaths(nn.Module):
-    """Runs the real gate, whose cost is paid, and answers with planned logits."""
-
-    def __init__(self, gate: nn.Module, depths: Tensor):
-        super().__init__()
-        self.gate = gate
-        self.register_buffer("planned", 2.0 * F.one_hot(depths, PATHS).float())
-
-    def forward(self, main: Tensor, aux: Tensor) -> Tensor:
-        real = self.gate(main, aux)
-        return self.planned + (real - real.detach())
-
-
-@dataclass(frozen=True)
-class StackCosts:
-    """Multiply-accumulates per sample of all that every sample needs, and of each depth stage."""
-
-    always: float
-    gate: float
-    stages: tuple[float, ...]
-
-    def ceiling(self, depths: Tensor, training: bool) -> float:
-        """Masked over routed if time went by multiply-accumulates; Stage I asks no gate."""
-        always = self.always + (0 if training else self.gate)
-        masked = len(depths) * (always + sum(self.stages))
-        active = [int((depths > k).sum()) for k in range(len(self.stages))]
-        rows = zip(active, self.stages, strict=True)
-        return masked / (len(depths) * always + sum(count * cost for count, cost in rows))
-
-
-@cache
-def stack_costs(kind: str, height: int) -> StackCosts:
-    """Counted on the meta device, for one sample."""
-
-    def macs(call: Callable[[], Any]) -> tuple[float, Any]:
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            result = call()
-        return counter.get_total_flops() / 2, result
-
-    net = SegmentationNet(kind).eval().to("meta")
-    rgb, depth = (torch.empty(1, c, height, height * 4 // 3, device="meta") for c in (3, 1))
-    always, (main, aux) = macs(lambda: net.stems(rgb, depth))
-    gate, _ = macs(lambda: net.gate(main, aux))
-    stages, outputs = [], []
-    for k in range(4):
-        cost, main = macs(lambda k=k, x=main: net.rgb.stages[k](x))
-        always += cost
-        cost, aux = macs(lambda k=k, x=aux: net.depth.stages[k](x))
-        added, main = macs(lambda k=k, r=main, a=aux: net.fusions[k + 1](r, a))
-        stages.append(cost + added)
-        outputs.append(main)
-    decoder, _ = macs(lambda: net.decode(outputs))
-    return StackCosts(always + decoder, gate, tuple(stages))
+    def info(self, outcome: Outcome, row: str) -> dict[str, Any]:
+        """What goes beside the times of one row."""
+        info = {"row": row, "setting": str(self), "error": outcome.errors[row]}
+        return {**info, **self.gains(outcome)} if row == "routed" else info
 
 
 class StackProblem:
@@ -117,7 +69,7 @@ class StackProblem:
         self.depth = torch.randn(setting.n, 1, *size, device=setting.device)
         self.target = torch.randint(0, 40, (setting.n, *size), device=setting.device)
         self.paths = planned_depths(setting.n, setting.mix).to(setting.device)
-        gate = PlannedPaths(self.net.gate, self.paths)
+        gate = PlannedGate(self.net.gate, planned_logits(self.paths, PATHS))
         self.gate = gate.to(setting.device)
         self.fusions = [self._ours(fusion) for fusion in self.net.fusions[1:]]
         self.nested = NestedFusion(
@@ -217,20 +169,32 @@ class StackProblem:
         for parameter in self.net.parameters():
             parameter.grad = None
 
-    def runs(self) -> Runs:
-        forwards = {"static": self.static, "masked": self.masked, "routed": self.routed}
-        if not self.setting.training:
-            return {**forwards, "bare": self.bare()}
+    def rows(self) -> dict[str, Row]:
+        """Forwards, or Stage-I steps; memory is counted where routed is compared with masked."""
 
-        def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
-            def run() -> None:
+        def row(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+            def step() -> None:
                 self.forget_gradients()
                 self.loss(forward()).backward()
 
-            return run
+            return step if self.setting.training else forward
 
-        steps: Runs = {row: step(forward) for row, forward in forwards.items()}
-        return {**steps, "bare": self.bare()}
+        def peak(call: Callable[[], Any]) -> dict[str, Callable[[], int]]:
+            def count() -> int:
+                self.forget_gradients()
+                return peak_bytes(call, self.setting.device)
+
+            return {"peak": count}
+
+        masked, routed = row(self.masked), row(self.routed)
+        costs = stack_costs(self.setting.kind, self.setting.height)
+        limit = costs.ceiling(self.paths.cpu(), self.setting.training)
+        return {
+            "static": Row(row(self.static)),
+            "masked": Row(masked, memory=peak(masked)),
+            "routed": Row(routed, compares_to="bare", ceiling=limit, memory=peak(routed)),
+            "bare": Row(self.bare()),
+        }
 
     def error(self) -> float:
         """The distance of routed from masked, relative to masked: output or all gradients."""
@@ -247,3 +211,10 @@ class StackProblem:
         ours, theirs = result(self.routed), result(self.masked)
         self.forget_gradients()
         return float((ours - theirs).norm() / theirs.norm())
+
+
+def contest(setting: StackSetting) -> Contest:
+    """Rows in fp32; tests/project/test_nyud.py compares in fp64."""
+    problem = StackProblem(setting)
+    errors = dict.fromkeys(ROWS, problem.error())
+    return Contest(problem.rows(), errors, TOLERANCE[torch.float32], setting.device)

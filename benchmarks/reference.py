@@ -4,7 +4,7 @@ Every row of a benchmark blends all experts' outputs in some way, and this file 
 in slices of the batch so that fp64 fits where the timed row does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,9 +106,18 @@ def reference_gradients(
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """The largest difference over the largest reference value; inf where shapes or values fail."""
-    if value.shape != reference.shape or not bool(torch.isfinite(value).all()):
+    finite = bool(value.isfinite().all() and reference.isfinite().all())
+    if value.shape != reference.shape or not finite:
         return float("inf")
     if value.numel() == 0:
         return 0.0
+    reference = reference.double()
     scale = reference.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return float((value.double() - reference).abs().max() / scale)
+
+
+def disagreement(values: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """The largest relative error; inf where number or dtypes differ."""
+    if [value.dtype for value in values] != [reference.dtype for reference in references]:
+        return float("inf")
+    return max(map(relative_error, values, references))

@@ -1,11 +1,11 @@
 """The few numbers a reader wants, one line per routed row."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.contest import Outcome
+from benchmarks.contest import Outcomes
 from benchmarks.nested import StackSetting
-from benchmarks.stack_contest import StackOutcome
+from benchmarks.problem import BARE, Setting
 
 # Key of the summary row -> heading and format.
 COLUMNS = {
@@ -53,23 +53,27 @@ STACK_LEGEND = (
 )
 
 
-def stack_rows(outcomes: Mapping[StackSetting, StackOutcome]) -> list[dict[str, Any]]:
+def stack_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
     return [
-        {"setting": str(setting), **outcome.info(), "rounds": len(outcome.seconds["routed"])}
+        {
+            "setting": str(setting),
+            **setting.gains(outcome),
+            "rounds": len(outcome.seconds["routed"]),
+        }
         for setting, outcome in outcomes.items()
-        if outcome.seconds
+        if isinstance(setting, StackSetting) and outcome.seconds
     ]
 
 
-def summary_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+def summary_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
     rows = []
-    for outcome in outcomes:
-        for row in outcome.seconds:
-            if not row.startswith("routed") or "masked" not in outcome.seconds:
-                continue
-            info = outcome.info(row)
-            info["routed_ms"] = outcome.milliseconds(row)
-            info["masked_ms"] = outcome.milliseconds("masked")
+    for setting, outcome in outcomes.items():
+        if not isinstance(setting, Setting) or "masked" not in outcome.seconds:
+            continue
+        for row in [row for row in BARE if row in outcome.seconds]:
+            info = setting.info(outcome, row)
+            info["routed_ms"] = 1e3 * outcome.median(row)
+            info["masked_ms"] = 1e3 * outcome.median("masked")
             info["e2_over_routed"] = outcome.ratio("static_e2", row)
             info["rounds"] = len(outcome.seconds[row])
             rows.append({key: info[key] for key in COLUMNS})

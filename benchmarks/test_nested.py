@@ -6,12 +6,11 @@ Inference, and the Stage-I training step: a random policy, so that no gate learn
 from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks.conftest import STACKS
-from benchmarks.nested import StackSetting
+from benchmarks.nested import ROWS, StackSetting, contest
 from benchmarks.nyud import MIXES
-from benchmarks.stack_contest import ROWS, TOLERANCE, run_stack_contest
-from benchmarks.timing import replay
+from benchmarks.replay import replayed
 
 QUICK = [
     *(("R50", 4, 96, mix, False) for mix in ("a", "all-0")),
@@ -42,16 +41,7 @@ def effort(request, effort):
     return replace(effort, rounds=(min(fewest, 4), most))
 
 
-@pytest.mark.benchmark(timer=replay.now)
-def test_nested(request, benchmark, setting, row, effort):
-    outcomes = request.config.stash[STACKS]
-    if setting not in outcomes:
-        outcomes[setting] = run_stack_contest(setting, effort)
-    outcome = outcomes[setting]
-    if not outcome.error <= TOLERANCE:
-        pytest.fail(f"routed differs from masked by {outcome.error:.1e}; not timed")
-    benchmark.group = str(setting)
-    benchmark.extra_info.update(row=row, setting=str(setting), error=outcome.error)
-    if row == "routed":
-        benchmark.extra_info.update(outcome.info())
-    replay(benchmark, outcome.seconds[row])
+@replayed
+def test_nested(race, setting, row):
+    with torch.set_grad_enabled(setting.training):
+        race(setting, row, lambda: contest(setting))

@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Callable
-from statistics import median
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.timing import interleave, replay
+from benchmarks.contest import Contest, Outcome, Row
+from benchmarks.reference import disagreement
+from benchmarks.replay import replayed
 from benchmarks.workloads import planned_choice
 from dynmm_kernels import combine, gather, route
 from dynmm_kernels.nn import SEAdd
@@ -20,17 +23,28 @@ MAPS = ((64, 120, 160), (256, 120, 160), (512, 60, 80), (1024, 30, 40), (2048, 1
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 both = pytest.mark.parametrize("row", ROWS)
-replayed = pytest.mark.benchmark(timer=replay.now)
 
 
-@pytest.fixture(scope="module")
-def races():
-    """Group -> row -> seconds of each round."""
-    return {}
+@dataclass(frozen=True)
+class Race:
+    name: str
+    moved_bytes: int | None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def info(self, outcome: Outcome, row: str) -> dict[str, Any]:
+        info = {
+            "torch_over_ours": outcome.ratio("torch", "dynmm_kernels"),
+            "threads": torch.get_num_threads(),
+        }
+        if self.moved_bytes is not None:
+            info["gb_per_s"] = self.moved_bytes / outcome.median(row) / 1e9
+        return info
 
 
 @pytest.fixture
-def compare(benchmark, races, row, effort, device):
+def compare(race, row, device):
     """Checks that the contestants agree, times them together, reports one of them.
 
     Agreement is exact; where sums are taken in another order, to `tolerance` of the largest value.
@@ -42,24 +56,12 @@ def compare(benchmark, races, row, effort, device):
         moved_bytes: int | None = None,
         tolerance: float = 0.0,
     ):
-        if group not in races:
-            ours, theirs = (contestants[name]() for name in ROWS)
-            assert len(ours) == len(theirs)
-            for a, b in zip(ours, theirs, strict=True):
-                assert a.dtype == b.dtype
-                allowed = tolerance * float(b.abs().max()) if tolerance else 0.0
-                same = torch.equal(a, b) or float((a - b).abs().max()) <= allowed
-                assert same, f"{group}: the results differ; not timed"
-            races[group] = interleave(contestants, effort, device)
-        seconds = races[group]
-        benchmark.group = group
-        benchmark.extra_info["torch_over_ours"] = median(seconds["torch"]) / median(
-            seconds["dynmm_kernels"]
-        )
-        benchmark.extra_info["threads"] = torch.get_num_threads()
-        if moved_bytes is not None:
-            benchmark.extra_info["gb_per_s"] = moved_bytes / median(seconds[row]) / 1e9
-        replay(benchmark, seconds[row])
+        def contest() -> Contest:
+            rows = {name: Row(call) for name, call in contestants.items()}
+            error = disagreement(*(rows[name].call() for name in ROWS))
+            return Contest(rows, dict.fromkeys(ROWS, error), tolerance, device)
+
+        race(Race(group, moved_bytes), row, contest)
 
     return run
 
@@ -162,7 +164,7 @@ def pytest_generate_tests(metafunc):
         return
     full = metafunc.config.getoption("full")
     sizes, fused = (MAPS, (2, 4, 8)) if full else (MAPS[2::2], (4, 8))
-    cases = itertools.product(sizes, FORMATS, fused)
+    cases = [*itertools.product(sizes, FORMATS, fused)]
     metafunc.parametrize(("maps", "layout", "active"), cases, ids="{}".format)
 
 

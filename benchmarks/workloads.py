@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.ceilings import Costs
+from benchmarks.nyud import MIXES, PATHS
 
 
 class Expert(nn.Module):
@@ -48,8 +49,8 @@ class PlannedGate(nn.Module):
         self.gate = gate
         self.register_buffer("planned", planned)
 
-    def forward(self, x: Any) -> Tensor:
-        real = self.gate(x)
+    def forward(self, *inputs: Any) -> Tensor:
+        real = self.gate(*inputs)
         return self.planned.to(real.dtype) + (real - real.detach())
 
 
@@ -57,6 +58,17 @@ def planned_choice(n: int, p: float, seed: int = 0) -> Tensor:
     """int64 [n]: exactly ``round(p * n)`` ones (E2) among zeros (E1), shuffled."""
     choice = (torch.arange(n) < round(p * n)).long()
     return choice[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+
+
+def planned_depths(n: int, mix: str, seed: int = 0) -> Tensor:
+    """int64 [n]: each path as often as its share says (largest remainders), shuffled."""
+    exact = [n * share for share in MIXES[mix]]
+    counts = [int(count) for count in exact]
+    by_remainder = sorted(range(PATHS), key=lambda d: counts[d] - exact[d])
+    for d in by_remainder[: n - sum(counts)]:
+        counts[d] += 1
+    depths = torch.repeat_interleave(torch.arange(PATHS), torch.tensor(counts))
+    return depths[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
 
 
 def planned_logits(choice: Tensor, num_branches: int = 2, margin: float = 2.0) -> Tensor:

@@ -1,7 +1,7 @@
 """Sparse batched routing for dynamic multimodal fusion: run only the branches a sample needs."""
 
-from .costs import branch_costs
 from .functional import Lazy, RoutingPlan, Shared, combine, gather, route
+from .measure.costs import branch_costs
 from .nn import (
     Branch,
     ChainedFusion,

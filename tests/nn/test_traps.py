@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.memory import saved_bytes
 from dynmm_kernels import Branch, RoutedFusion
+from dynmm_kernels.measure.memory import saved_bytes
 
 GATE_GRADS = ["straight_through", "selected", "none"]
 MIXED = [0, 2, 1, 0, 2, 2, 1, 0]

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import nested, nyud
-from benchmarks.nested import StackProblem, StackSetting, planned_depths, stack_costs
+from benchmarks.ceilings import stack_costs
+from benchmarks.nested import StackProblem, StackSetting
+from benchmarks.workloads import planned_depths
 
 # DynMM's tables, in 1e9: the depth encoder up to each of its stages, and the whole of "R50".
 PUBLISHED = {
@@ -121,5 +123,5 @@ def test_all_rows_do_the_same(monkeypatch):
         (bare,) = problem.bare()()
         order = problem.paths.argsort(descending=True, stable=True)
         assert relative_error(bare, problem.masked()[order]) < 1e-5
-    assert set(problem.runs()) == {"static", "masked", "routed", "bare"}
+    assert set(problem.rows()) == {"static", "masked", "routed", "bare"}
     assert nested.READ == (1, 2, 3)

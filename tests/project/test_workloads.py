@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
 from benchmarks.ceilings import ceiling
-from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.contest import Contest, Row
 from benchmarks.workloads import (
     IMDB_BATCH_NORM,
     WORKLOADS,
@@ -19,6 +19,8 @@ from benchmarks.workloads import (
     planned_logits,
 )
 from dynmm_kernels import RoutedFusion
+from dynmm_kernels.measure.memory import peak_bytes, saved_bytes
+from dynmm_kernels.measure.timing import ONCE
 
 
 def counted_macs(module, inputs, n):
@@ -166,6 +168,22 @@ def test_loop_has_the_selected_gradient(name):
         gradients(baselines.handwritten_loop(gate, experts, x)), gradients(expected), strict=True
     ):
         torch.testing.assert_close(g, reference)
+
+
+def test_a_wrong_row_is_not_timed():
+    calls = {"right": 0, "wrong": 0, "unknown": 0}
+
+    def row(name):
+        def call():
+            calls[name] += 1
+
+        return Row(call, memory={"peak": lambda: 7})
+
+    errors = {"right": 1e-5, "wrong": 1e-3, "unknown": float("nan")}
+    outcome = Contest({name: row(name) for name in calls}, errors, tolerance=1e-4).run(ONCE)
+    assert calls["right"]
+    assert not calls["wrong"] + calls["unknown"]
+    assert (list(outcome.seconds), outcome.memory) == (["right"], {"right": {"peak": 7}})
 
 
 def test_peak_bytes_is_the_most_held_at_once():

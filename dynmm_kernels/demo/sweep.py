@@ -1,4 +1,4 @@
-"""python -m dynmm_kernels demo --sweep: what a digit may cost, against what that buys.
+"""The sweep: what a digit may cost, against what that buys.
 
 For every seed the branches are trained once. From there the gate is trained with several weights of
 the resource loss, each time twice: by masked execution, as the paper's code does it, and by routed
@@ -8,34 +8,21 @@ alone and the soft gate.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .demo import (
-    BRANCHES,
-    SWEEP_EPOCHS,
-    TOGETHER,
-    Bench,
-    Digits,
-    build,
-    load_digits,
-    one_thread,
-    progress,
-    train,
-    views,
-)
-from .demo_report import OTHER, ROUTED, Row
-from .nn import RoutedFusion
+from ..nn import RoutedFusion
+from .bench import ROUNDS, Bench
+from .digits import BRANCHES, TOGETHER, Digits, build, load_digits, one_thread, train, views
+from .report import OTHER, ROUTED, Row
 
+EPOCHS = 10
 COST_WEIGHTS = (0.01, 0.03, 0.07, 0.15, 0.4)
 SEEDS = 2
-TIMED_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,7 @@ def sweep(
     epochs: int,
     seeds: Sequence[int],
     cost_weights: Sequence[float] = COST_WEIGHTS,
-    rounds: int = TIMED_ROUNDS,
+    rounds: int = ROUNDS,
     advance: Callable[[str], None] = lambda text: None,
 ) -> list[Point]:
     """All models; for each, the rows of the demo's table that say something new."""
@@ -162,18 +149,3 @@ def draw(points: Sequence[Point], path: Path) -> bool:
     figure.suptitle("What a digit may cost, and what that buys", x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     return True
-
-
-def run(arguments: argparse.Namespace) -> int:
-    seeds = [arguments.seed + i for i in range(SEEDS)]
-    epochs = arguments.epochs or SWEEP_EPOCHS
-    total = len(seeds) * (1 + 2 * len(COST_WEIGHTS)) * epochs
-    with progress(total, quiet=arguments.json) as advance:
-        points = sweep(epochs, seeds, advance=advance)
-    drawn = draw(points, arguments.figure)
-    if arguments.json:
-        print(json.dumps([asdict(point) for point in points], indent=2))
-        return 0
-    print(table(points))
-    print(f"figure: {arguments.figure}" if drawn else "no figure: matplotlib is not installed")
-    return 0

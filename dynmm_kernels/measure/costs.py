@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .functional import tree
-from .nn.arguments import Arguments
-from .nn.branch import Branch
+from ..functional import tree
+from ..nn.arguments import Arguments
+from ..nn.branch import Branch
+from .timing import Effort, interleave
+
+SEVEN = Effort(seconds=0.0, rounds=(7, 7), sample=0.0)
 
 
 def branch_costs(module: nn.Module, example_inputs: Any, unit: str = "macs") -> float:
@@ -110,19 +112,8 @@ def _trilinear_flops(
     return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
 
-def _milliseconds(module: nn.Module, arguments: tuple[Any, ...], rounds: int = 7) -> float:
-    def run() -> float:
-        _synchronise(arguments)
-        start = time.perf_counter()
-        module(*arguments)
-        _synchronise(arguments)
-        return time.perf_counter() - start
-
-    run()
-    return statistics.median(run() for _ in range(rounds)) * 1e3
-
-
-def _synchronise(arguments: tuple[Any, ...]) -> None:
+def _milliseconds(module: nn.Module, arguments: tuple[Any, ...]) -> float:
     leaves = tree.flatten(arguments)[0]
-    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
-        torch.cuda.synchronize()
+    on_gpu = any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves)
+    seconds = interleave({"module": lambda: module(*arguments)}, SEVEN, "cuda" if on_gpu else "cpu")
+    return 1e3 * median(seconds["module"])

@@ -1,14 +1,16 @@
-"""Interleaved timing.
+"""Interleaved timing: contestants take turns, so that their ratios mean something.
 
 On a shared machine the same call takes 1.0 s now and 1.4 s a minute later, so two rows timed one
 after the other have no meaningful ratio. Here every contestant runs once per round, in an order
 that rotates, and medians are taken over rounds.
 """
 
+from __future__ import annotations
+
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +25,7 @@ class Effort:
     sample: float = 5e-4
     """A call shorter than this is repeated inside one round."""
 
-    def at_least(self, rounds: int) -> "Effort":
+    def at_least(self, rounds: int) -> Effort:
         return replace(self, rounds=(rounds, max(rounds, self.rounds[1])))
 
 
@@ -45,7 +47,10 @@ def synced_clock(device: str) -> Callable[[], float]:
 
 
 def interleave(
-    contestants: dict[str, Callable[[], object]], effort: Effort, device: str = "cpu"
+    contestants: Mapping[str, Callable[[], object]],
+    effort: Effort,
+    device: str = "cpu",
+    after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every contestant, one entry per round."""
     now = synced_clock(device)
@@ -76,33 +81,8 @@ def interleave(
             for name in names[first:] + names[:first]:
                 seconds[name].append(timed(contestants[name], calls[name]))
             gc.collect(0)
+            after_round()
     finally:
         if collecting:
             gc.enable()
     return seconds
-
-
-class Replay:
-    """Hands recorded durations to pytest-benchmark.
-
-    The rounds of one row were measured among those of its whole group. The fixture is given a
-    target that does nothing but let this clock run on by the next recorded duration, so that its
-    tables, its JSON and its comparisons rest on the interleaved rounds.
-    """
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._left: Iterator[float] = iter(())
-
-    def now(self) -> float:
-        return self._now
-
-    def __call__(self, benchmark, seconds: list[float]) -> None:
-        self._left = iter(seconds)
-        benchmark.pedantic(self._run, rounds=len(seconds))
-
-    def _run(self) -> None:
-        self._now += next(self._left)
-
-
-replay = Replay()

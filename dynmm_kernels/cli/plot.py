@@ -1,13 +1,15 @@
-"""Speed-up over masked execution against the share of samples that need E2.
+"""python -m dynmm_kernels plot: speed-up over masked against the share of samples that need E2.
 
 A filled diamond marks where routed breaks even with masked, a hollow one where it breaks even
 with running E2 for everyone and no gate.
 
     pytest benchmarks/ --benchmark-only --benchmark-json results.json
-    python benchmarks/plot.py results.json -o speedup.png
+    python -m dynmm_kernels plot results.json -o speedup.png
 
 Writes a PNG, and an SVG and a CSV beside it.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -17,12 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 # Okabe and Ito's palette, which survives the common colour blindnesses; one colour per batch size.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -37,6 +33,20 @@ TITLES = {
 FIELDS = ("workload", "kind", "row", "n", "p", "active", "speedup", "ceiling", "median_ms")
 
 Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("-o", "--out", type=Path, help="default: beside the results, as .png")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out = arguments.out or arguments.results.with_suffix(".png")
+    rows = read(arguments.results)
+    plot(rows, out)
+    write_csv(rows, out)
+    print(*(out.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")), sep="\n")
+    return 0
 
 
 def read(path: Path) -> list[Row]:
@@ -83,7 +93,7 @@ def points(batch: list[Row], row: str) -> list[tuple[float, float]]:
 
 
 def ceiling_curve(info: Row) -> tuple[list[float], list[float]]:
-    """The ceiling for any active share, from the costs beside a result (see ceilings.py)."""
+    """The ceiling for any active share, from the costs beside a result."""
     gate, (e1, e2) = info["macs_gate"], info["macs_branches"]
     shares = [i / 100 for i in range(101)]
     every = gate + e1 + e2
@@ -102,7 +112,7 @@ def crossing(curve: list[tuple[float, float]], level: float = 1.0) -> float | No
     return None
 
 
-def draw(axes, panel: tuple[str, str], batches: dict[int, list[Row]]) -> None:
+def draw(axes: Any, panel: tuple[str, str], batches: dict[int, list[Row]]) -> None:
     shares, limits = ceiling_curve(next(iter(batches.values()))[0]["info"])
     axes.plot(shares, limits, color=GREY, linestyle="--", linewidth=1.2)
     note(axes, "FLOP ceiling", (shares[20], limits[20]), (6, 4), GREY)
@@ -142,17 +152,22 @@ def draw(axes, panel: tuple[str, str], batches: dict[int, list[Row]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def note(axes, text: str, at: tuple[float, float], shift: tuple[int, int], colour: str) -> None:
+def note(
+    axes: Any, text: str, at: tuple[float, float], shift: tuple[int, int], colour: str
+) -> None:
     axes.annotate(text, at, shift, textcoords="offset points", color=colour, fontsize=9)
 
 
 def plot(rows: list[Row], out: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit(f"plot needs matplotlib ({error}): pip install '.[plot]'") from None
     drawn = panels(rows)
     if not drawn:
-        raise SystemExit("plot.py: no workload has routed rows at two gate probabilities")
-    figure, grid = plt.subplots(
-        1, len(drawn), figsize=(5.2 * len(drawn), 4.2), squeeze=False, layout="constrained"
-    )
+        raise SystemExit("plot: no workload has routed rows at two gate probabilities")
+    figure = Figure(figsize=(5.2 * len(drawn), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(drawn), squeeze=False)
     for axes, (panel, batches) in zip(grid[0], drawn.items(), strict=True):
         draw(axes, panel, batches)
     grid[0][0].set_ylabel("speed-up of routed over masked")
@@ -173,19 +188,3 @@ def write_csv(rows: list[Row], out: Path) -> None:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("-o", "--out", type=Path, help="default: beside the results, as .png")
-    arguments = parser.parse_args()
-    out = arguments.out or arguments.results.with_suffix(".png")
-    rows = read(arguments.results)
-    plot(rows, out)
-    write_csv(rows, out)
-    print(*(out.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
 
 
-def run() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Prints a line per backend and op; 0 if all agree with the reference."""
     failed = 0
     for name in ops.BACKENDS:

@@ -1,0 +1,91 @@
+"""python -m dynmm_kernels demo: train a small DynMM on digits; dense, masked, routed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..demo import bench, digits, report, sweep
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        help=f"of each stage; {bench.EPOCHS}, or {sweep.EPOCHS} in the sweep",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=positive, default=bench.ROUNDS, help="of the timing")
+    parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="train with several weights of the cost, masked and routed (a few minutes)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    room: Any = sweep if arguments.sweep else report
+    found = _sweep(arguments) if arguments.sweep else _experiment(arguments)
+    drawn = room.draw(found, arguments.figure)
+    if arguments.json:
+        print(json.dumps(found, indent=2, default=asdict))
+        return 0
+    print(room.table(found))
+    print(f"figure: {arguments.figure}" if drawn else "no figure: matplotlib is not installed")
+    return 0
+
+
+def _experiment(arguments: argparse.Namespace) -> report.Report:
+    epochs = arguments.epochs or bench.EPOCHS
+    total = len(digits.RATES) * epochs + arguments.rounds
+    with progress(total, quiet=arguments.json) as advance:
+        return bench.experiment(epochs, arguments.seed, arguments.rounds, advance)[0]
+
+
+def _sweep(arguments: argparse.Namespace) -> list[sweep.Point]:
+    epochs = arguments.epochs or sweep.EPOCHS
+    seeds = [arguments.seed + i for i in range(sweep.SEEDS)]
+    total = len(seeds) * (1 + 2 * len(sweep.COST_WEIGHTS)) * epochs
+    with progress(total, quiet=arguments.json) as advance:
+        return sweep.sweep(epochs, seeds, advance=advance)
+
+
+@contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal where rich is installed, else a line whenever the activity changes."""
+    if quiet:
+        yield lambda text: None
+        return
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        Progress = None  # type: ignore[misc,assignment]
+    if Progress is None or not sys.stdout.isatty():
+        seen: set[str] = set()
+
+        def announce(text: str) -> None:
+            if text not in seen:
+                seen.add(text)
+                print(f"{text} ...", flush=True)
+
+        yield announce
+        return
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
+    return number
