@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         for op in ops.schemas.OPS:
             cases = [arguments for of, arguments in _cases(dtypes) if of == op]
             bad = [text for text in (_compare(name, op, case) for case in cases) if text]
+            bad += [] if cases else ["nothing to compare"]
             failed += len(bad)
             print(f"{name:<10} {op:<14} {len(cases)} cases  {'; '.join(bad) or 'ok'}")
     print("check failed" if failed else "check passed")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.schemas import FAULTS, FIRST
 from . import tree
-from .plan import FAULTS, FIRST, RoutingPlan
+from .plan import RoutingPlan
 
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)

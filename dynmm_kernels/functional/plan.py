@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FAULTS, FIRST = -2, -1  # where a header holds the number of faulty entries, and the first
-
+from ..ops.schemas import FAULTS
 
 class RoutingPlan:
     """Which samples go to which branch, sorted by branch. Made by `route`; not to be changed.
@@ -92,7 +91,7 @@ class RoutingPlan:
     @property
     def starts(self) -> tuple[int, ...]:
         """The B+1 offsets on the host."""
-        return tuple(self.host_header[:-2])
+        return tuple(self.host_header[:FAULTS])
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -105,14 +104,14 @@ class RoutingPlan:
     @property
     def faults(self) -> tuple[int, int]:
         """How many entries were faulty, and the first of them (-1: none)."""
-        count, first = self.host_header[-2:]
+        count, first = self.host_header[FAULTS:]
         return count, first
 
     def check(self, selection: Tensor) -> None:
         """Raises ValueError for the first value of `selection` that names no branch."""
         if self._host is None:
             self._host = self._wait()
-        count, first = self._host[-2:]
+        count, first = self._host[FAULTS:]
         if count:
             raise ValueError(
                 f"route: a choice must be in 0..{self.num_branches - 1}, or -1 for no branch; got "

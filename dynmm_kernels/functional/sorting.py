@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.schemas import FAULTS
 from . import checks
-from .plan import FAULTS, RoutingPlan, host_copy
+from .plan import RoutingPlan, host_copy
 
 
 def route(selection: Tensor, num_branches: int) -> RoutingPlan:

@@ -74,7 +74,7 @@ class Routing:
         """`counts` as int64 [B] on the device, without waiting for it; None in dense execution."""
         if self.plan is None:
             return None
-        return self.plan.header[:-2].long().diff()
+        return self.plan.offsets.long().diff()
 
     @property
     def fractions(self) -> tuple[float, ...]:
