@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.schemas import FAULTS
 
+
 class RoutingPlan:
     """Which samples go to which branch, sorted by branch. Made by `route`; not to be changed.
 
