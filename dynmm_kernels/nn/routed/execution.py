@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,13 @@ class Routed:
     Attributes:
         own: the branches that were chosen.
         whole: outputs for the whole batch, of branches whose BatchNorm needs it.
+        selected: bool [N, B], where the gate learns.
     """
 
-    __slots__ = ("batch", "branches", "decision", "own", "plan", "whole")
+    __slots__ = ("batch", "branches", "decision", "own", "plan", "selected", "whole")
 
     plan: RoutingPlan
+    selected: Tensor
 
     def __init__(
         self,
@@ -69,10 +71,12 @@ class Routed:
 
     def run(self) -> Result:
         counts, size = self.plan.counts, self.plan.num_rows
-        exact = self.decision.exact
+        exact, learns = self.decision.exact, self.decision.grad is not None
+        if learns:
+            self.selected = self.decision.selected
         rest = self._run_rest() if exact else None  # before a graph holds memory
         outputs = self._run_rows(self.plan, self.own)
-        if self.decision.grad is not None:
+        if learns:
             combined, spec = self._learn(outputs, rest)
         else:
             combined, spec = self._combine(outputs)
@@ -116,7 +120,7 @@ class Routed:
 
     def _run_rest(self) -> Rest:
         """Forward only: the gradient of these outputs is zero."""
-        plan = sorting.route_complement(self.plan, self.decision.selected)
+        plan = sorting.route_complement(self.plan, self.selected)
         rest = [b for b, count in enumerate(plan.counts) if count]
         with forward_only(self.branches[b] for b in rest):
             return Rest(rest, self._run_rows(plan, rest), plan)
@@ -138,10 +142,11 @@ class Routed:
 
     def _learn(self, outputs: list[Any], rest: Rest | None) -> tuple[list[Any], tree.Spec]:
         """Combines `outputs` so that the gate learns, also from the `rest` where there is one."""
-        plan, own, decision = self.plan, self.own, self.decision
+        plan, own, probs = self.plan, self.own, self.decision.probs
         branches, rows = [self.branches[b] for b in own], [plan.counts[b] for b in own]
         starts, hidden = [plan.starts[b] for b in own], None
-        batch, other = self.batch, cast(Any, -1)
+        batch = self.batch
+        other: Tensor | int = -1
         if rest is not None:
             last = plan.order.shape[0]  # the slots of the rest stand behind those of the plan
             others = [self.branches[b] for b in rest.branches]
@@ -153,7 +158,7 @@ class Routed:
             def hidden() -> list[Tensor]:
                 return [tensor for branch in others for tensor in branch.read_from(batch)]
 
-        probs, index = decision.probs, torch.where(decision.selected, plan.inverse, other)
+        index = torch.where(self.selected, plan.inverse, other)
         assert probs is not None  # the gate learns through them
         labels = [branch.label for branch in branches]
         columns, spec = checks.check_outputs(outputs, rows, labels, plan.order.device)
