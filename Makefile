@@ -7,13 +7,13 @@ install:  ## editable, with the torch of this environment, or a new one where th
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i $(shell git ls-files 'csrc/*')
+	clang-format -i $(shell git ls-files -co --exclude-standard 'csrc/*')
 
 lint:
 	ruff check .
 	ruff format --check .
 	mypy
-	clang-format --dry-run --Werror $(shell git ls-files 'csrc/*')
+	clang-format --dry-run --Werror $(shell git ls-files -co --exclude-standard 'csrc/*')
 
 test:
 	pytest

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..functional import checks, sorting
 from ..functional.plan import RoutingPlan
+
+
+class Deciding(Protocol):
+    """What a rule may read beside the logits."""
+
+    temperature: float
+
+    def costs(self) -> tuple[float, ...] | None:
+        """Per sample, of each branch; None where one is unknown."""
 
 
 class Rule:
@@ -21,8 +31,11 @@ class Rule:
         """bool [N]: rows that decide nothing, a nan or no finite maximum."""
         return ~logits.amax(1).isfinite()
 
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
-        """The choice and its plan; the check of the logits rides on the counts."""
+    def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
+        """The choice and its plan; the check of the logits rides on the counts.
+
+        `fusion`: for its settings and costs, which may change from call to call.
+        """
         raise NotImplementedError
 
     def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -56,7 +69,7 @@ class Rule:
 class TopOne(Rule):
     """The branch with the largest logit (ties: the first), with weight one: DynMM's hard gate."""
 
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+    def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N]."""
         choice, plan = sorting.route_argmax(logits.detach() if logits.requires_grad else logits)
         checks.check_faults(logits, plan.host_header)
@@ -73,7 +86,10 @@ class TopK(Rule):
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+    def __repr__(self) -> str:
+        return f"TopK({self.k})"
+
+    def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N, k], the most probable first."""
         choice = logits.detach().topk(self.k, dim=1).indices
         plan = sorting.route_unless(choice, self.undefined(logits), logits.shape[1])
@@ -98,7 +114,7 @@ class MultiHot(Rule):
     def undefined(self, logits: Tensor) -> Tensor:
         return logits.isnan().any(1)
 
-    def decide(self, logits: Tensor) -> tuple[Tensor, RoutingPlan]:
+    def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice bool [N, B]."""
         num_branches = logits.shape[1]
         choice = logits.detach() > 0
@@ -132,11 +148,21 @@ class Uniform(Rule):
 TOP_ONE, MULTI_HOT, UNIFORM = TopOne(), MultiHot(), Uniform()
 
 
-def rule_of(select: int | str) -> Rule:
-    """The rule that `RoutedFusion(select=...)` names."""
+def rule_of(select: int | str, num_branches: int) -> Rule:
+    """The rule that `RoutedFusion(select=...)` names.
+
+    Raises:
+        ValueError: none, or more branches than there are.
+    """
     if select == "multi_hot":
         return MULTI_HOT
-    return TOP_ONE if select == 1 else TopK(int(select))
+    if type(select) is not int or select < 1:
+        raise ValueError(
+            f"RoutedFusion: select must be a number of branches or 'multi_hot'; got {select!r}"
+        )
+    if select > num_branches:
+        raise ValueError(f"RoutedFusion: select={select} of only {num_branches} branches")
+    return TOP_ONE if select == 1 else TopK(select)
 
 
 def one_hot(choice: Tensor, num_branches: int) -> Tensor:

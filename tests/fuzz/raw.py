@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dynmm_kernels
+from dynmm_kernels import ops
 
 from .compare import Mismatch, Refused, close, require
 from .draw import LAYOUTS, Draw, laid_out
@@ -120,10 +121,7 @@ def draw_arguments(draw: Draw) -> tuple[str, list[Any]]:
     outputs = [floats(size, 4) for size in sizes]
     active = min(rows, 2)
     weights = floats(rows, ranks, of=wide) if draw.pick("weights", (False, True)) else None
-    name = draw.pick(
-        "op", ("combine_rows", "gather_rows", "row_dots", "route", "route_argmax",
-               "se_add", "se_add_means", "se_add_dots", "se_add_grads"),
-    )  # fmt: skip
+    name = draw.pick("op", tuple(sorted(ops.schemas.OPS)))
     maps, aux = floats(rows, 3, 2), floats(active, 3, 2)
     main_scale, aux_scale = floats(rows, 3, of=wide), floats(active, 3, of=wide)
     starts, stops = offsets[:-1], offsets[1:]

@@ -1,7 +1,8 @@
 """Calls of the ops as they stand in torch.ops, right and wrong ones: nobody checked the arguments.
 
 Whatever is passed, every backend gives the reference's result or refuses in the reference's words.
-`python -m tests.ops.raw_calls --calls 10000 --seed 0` tries random calls on the compiled kernels.
+From the root, `python -m tests.ops.raw_calls --calls 10000 --seed 0` tries random calls on the
+compiled kernels.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from test_raw_ops import good_calls
 
 import dynmm_kernels
 from dynmm_kernels import ops
@@ -161,20 +162,12 @@ def test_compiled_code_follows_the_backend():
 
 @pytest.mark.parametrize("op", ops.schemas.OPS)
 def test_vmap_is_refused(op):
-    selection, logits = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 2)
-    inverse, factors = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 2)
-    calls = {
-        "route": (lambda x: (x, 2), selection),
-        "route_argmax": (lambda x: (x,), logits),
-        "gather_rows": (lambda x: ([x], [0], [2], ORDER, 1), logits),
-        "combine_rows": (lambda x: ([x], [0], inverse), logits),
-        "row_dots": (lambda x: (x, [x], [0], inverse), logits),
-        "se_add": (lambda x: (x, x, factors, factors), logits),
-        "se_add_means": (lambda x: (x,), logits),
-        "se_add_dots": (lambda x: (x, x, x), logits),
-        "se_add_grads": (lambda x: (x, *[factors] * 4), logits),
-    }
-    arguments, batch = calls[op]
+    first, *others = good_calls(op)[0]
     called = getattr(torch.ops.dynmm_kernels, op)
+
+    def call(x):
+        return called([x, *first[1:]] if isinstance(first, list) else x, *others)
+
+    batch = torch.stack([first[0] if isinstance(first, list) else first] * 2)
     with pytest.raises(RuntimeError, match=f"vmap over {op} is not offered; call it once"):
-        torch.vmap(lambda x: called(*arguments(x)))(batch)
+        torch.vmap(call)(batch)

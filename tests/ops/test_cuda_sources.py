@@ -85,6 +85,11 @@ def test_no_spills_and_no_local_memory(compiled, source, architecture):
         assert int(registers[1]) <= 64, f"{name}: {registers[0]} leave too few blocks per SM"
 
 
+def test_every_source_that_moves_rows_is_looked_at():
+    """Indices alone move in route.cu."""
+    assert {*WIDE, "route.cu"} == {path.name for path in (ROOT / "csrc/cuda").glob("*.cu")}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", sorted(WIDE))
 def test_wide_path_moves_16_bytes(compiled, source, architecture):

@@ -121,12 +121,11 @@ class RoutedFusion(Settings):
         output, rows_run = ways.run(self, branches, batch, decision)
         if not return_routing:
             return output
-        costs = tuple(branch.cost for branch in branches if branch.cost is not None)
         return output, Routing(
             decision,
             num_rows=rows_run[0] if decision.choice is None else len(decision.choice),
             rows_run=rows_run,
-            costs=costs if len(costs) == len(branches) else None,
+            costs=self.costs(),
             gate_cost=(self.gate.cost or 0.0) if choice is None else 0.0,
         )
 
@@ -148,7 +147,7 @@ class RoutedFusion(Settings):
         if self.execution == "dense":
             checks.check_defined(logits, rule.undefined(logits))
             return Decision(rule, probs=rule.probs(logits, self.temperature))
-        choice, plan = rule.decide(logits)
+        choice, plan = rule.decide(logits, self)
         learns = self.learns(logits)
         if not (learns or reports or self.select != 1):
             return Decision(rule, choice, plan)
@@ -158,16 +157,14 @@ class RoutedFusion(Settings):
         return Decision(rule, choice, plan, probs, weights, grad)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        number = type(value) is int and value >= 1
-        if name == "select" and not (number or value == "multi_hot"):
-            raise ValueError(
-                f"RoutedFusion: select must be a number of branches or 'multi_hot'; got {value!r}"
-            )
-        if name == "select" and number and value > len(self.branches):
-            raise ValueError(f"RoutedFusion: select={value} of only {len(self.branches)} branches")
-        super().__setattr__(name, value)
         if name == "select":
-            self.rule = rule_of(value)
+            self.rule = rule_of(value, len(self.branches))
+        super().__setattr__(name, value)
+
+    def costs(self) -> tuple[float, ...] | None:
+        """Cost per sample of each branch; None where a branch has none."""
+        costs = [branch.cost for branch in part(self, "branches").all()]
+        return None if None in costs else tuple(costs)
 
 
 def _obey(
