@@ -227,6 +227,8 @@ class Prefix:
         held = [*self.inputs, *self.seen]
         output = apart(output, held) if self.plan is None else self.restore(output)
         self.lent.append(self.main)  # also where it was copied: who writes there always fails
+        if not self.starved:
+            return output
         hidden = (lambda: self.weights) if self.weights else None
         return movement.touch([output], self.starved, hidden)[0]
 

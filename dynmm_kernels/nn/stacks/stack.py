@@ -32,7 +32,7 @@ class Pass:
     generator: torch.Generator | None
     outputs: dict[int, Tensor] = field(default_factory=dict)  # by stage, in sample order
     rows_run: list[int] = field(default_factory=list)
-    decision: Decision = field(default_factory=lambda: Decision(TOP_ONE))
+    decision: Decision = Decision(TOP_ONE)  # noqa: RUF009 (cannot be changed)
     keep: Tensor | None = None
     gate_cost: float = 0.0
 
