@@ -103,32 +103,37 @@ def masked_chain(
     temperature=1.0,
     stages=(),
     keeps=None,
+    gates_read="cells",
+    independent=False,
 ):
     """The formula of one gate per cell, as a call; the list `keeps` receives every keep_k."""
     rules = rules or ["dynamic"] * len(main_stages)
 
     def fuse(main: Tensor, aux: Tensor):
         keep = main.new_ones(len(main))
-        outputs = []
+        outputs, unfused = [], main
         for k, rule in enumerate(rules):
             own = torch.ones_like(keep)
             if rule == "dynamic":
-                logits = gates[k](main, aux)
+                logits = gates[k](unfused if gates_read == "stages" else main, aux)
                 if mode == "dense":
                     own = torch.softmax(logits / temperature, dim=1)[:, 1]
                 else:
                     own = hard_weights(logits, temperature)[:, 1]
                 if mode == "none":
                     own = own.detach()
-            if mode == "selected":  # what a dropped sample would do later is not known
+            if (
+                mode == "selected" and not independent
+            ):  # what a dropped sample would do later is not known
                 own = torch.where(keep.detach() == 0, torch.zeros_like(own), own)
-            keep = keep * own
+            keep = own if independent else keep * own
+            active = torch.ones_like(keep) if rule == "fuse_all" else keep
             if keeps is not None:
-                keeps.append(keep)
-            skip, active = 1 - keep, keep
+                keeps.append(active)
+            skip = 1 - active
             if mode == "selected":
                 skip, active = where_zero_fixed(skip), where_zero_fixed(active)
-            r = main_stages[k](main)
+            unfused = r = main_stages[k](main)
             if any(rule != "skip" for rule in rules[k:]):
                 aux = aux_stages[k](aux)
             main = r

@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "gate_grad": ("straight_through", "selected", "none"),
     "noise": (None, "gumbel", "gumbel_always"),
     "batch_norm": ("masked", "subset"),
+    "gates_read": ("cells", "stages"),
 }
 
 

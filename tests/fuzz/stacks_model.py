@@ -175,6 +175,7 @@ class Stack:
     aux: list[Stage]
     joins: list[Stage]
     rules: list[str]
+    gates_read: str
     fusion: Any
     depth: Any
     wanted: list[int]
@@ -323,12 +324,13 @@ def draw_stack(draw: Draw, chained: bool) -> Stack:
     }
     if dtype is not torch.float64 or (chained and context != "no_grad"):
         settings["noise"] = None
+    gates_read = draw.pick("gates read", {"cells": 2, "stages": 1}) if chained else "cells"
     asked = [
         gate if gate is None or not gate_cost else Branch(gate, cost=gate_cost) for gate in gates
     ]
     streams_of = (wrapped(main), wrapped(aux), wrapped(joins))
     fusion: Any = (
-        ChainedFusion(asked, *streams_of, rules=rules, **settings)
+        ChainedFusion(asked, *streams_of, rules=rules, gates_read=gates_read, **settings)
         if chained
         else NestedFusion(asked[0], *streams_of, **settings)
     )
@@ -337,6 +339,6 @@ def draw_stack(draw: Draw, chained: bool) -> Stack:
         wanted = wanted[::-1]
     depth = draw_depth(draw, length, num_rows)
     return Stack(
-        draw, chained, context, dtype, streams, gates, main, aux, joins, rules,
+        draw, chained, context, dtype, streams, gates, main, aux, joins, rules, gates_read,
         fusion.train(training), depth, wanted, gate_cost,
     )  # fmt: skip

@@ -181,7 +181,7 @@ def chained(stack: Stack, routing: Any, samples: list[slice], main: Rows, aux: R
     keeps = [m.new_ones(len(m)) for m in main]
     through = [torch.zeros(len(m), dtype=torch.int64) for m in main]
     all_keeps: list[list[Tensor]] = [[] for _ in main]
-    outputs, asked = [], 0
+    outputs, asked, unfused = [], 0, main
     last = max((k for k, rule in enumerate(stack.rules) if rule != "skip"), default=-1)
     grad = stack.fusion.gate_grad
     for k in range(stack.length):
@@ -199,7 +199,8 @@ def chained(stack: Stack, routing: Any, samples: list[slice], main: Rows, aux: R
                     own = own if k == 0 or not stack.soft else own / before
                     keeps[i] = before * torch.where(before == 0, torch.ones_like(own), own)
                 else:
-                    probs, hard = own_decision(stack, k, m, a)
+                    read = unfused[i] if stack.gates_read == "stages" else m
+                    probs, hard = own_decision(stack, k, read, a)
                     if not stack.soft:
                         probs = fixed(probs, hard, "none" if grad == "none" else "straight_through")
                     keeps[i] = before * probs
@@ -214,7 +215,7 @@ def chained(stack: Stack, routing: Any, samples: list[slice], main: Rows, aux: R
             all_keeps[i].append(keeps[i])
         if stack.subset:
             aux = [a if h.any() else None for a, h in zip(aux, hards, strict=True)]
-        main = staged(stack.main[k], main)
+        main = unfused = staged(stack.main[k], main)
         if k <= last:
             aux = staged(stack.aux[k], aux)
         if stack.rules[k] != "skip":

@@ -512,7 +512,7 @@ def test_bad_construction():
     gate = Pool(2 * CHANNELS, 2)
     with pytest.raises(ValueError, match="one rule per cell, 2; got 1 and 1"):
         ChainedFusion([gate], *pieces)
-    with pytest.raises(ValueError, match="'skip', 'fuse', 'dynamic'; got 'maybe'"):
+    with pytest.raises(ValueError, match="'skip', 'fuse', 'fuse_all', 'dynamic'; got 'maybe'"):
         ChainedFusion([gate, gate], *pieces, rules=["dynamic", "maybe"])
     with pytest.raises(ValueError, match="cell 2 is 'dynamic' with gate NoneType"):
         ChainedFusion([gate, None], *pieces, rules=["dynamic", "dynamic"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...functional import checks, sorting
+from ...functional import autograd, checks, sorting
 from ..branch import Branch, forward_only, part
 from ..decision import Decision
 from ..gates import Gates
@@ -17,7 +18,17 @@ from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
 from .stack import Pass, StackFusion, hide_unselected
 from .stage import Cell
 
-_RULES = ("skip", "fuse", "dynamic")
+
+@dataclass
+class Kept:
+    """What became of the samples of a batch so far, in its order."""
+
+    keep: Tensor  # [N], the product of all decisions, with their gradient
+    depth: Tensor  # int64 [N], how many cells each came through
+    weights: list[Tensor | None] = field(default_factory=list)  # of fusions; None: as each came
+
+
+_RULES = ("skip", "fuse", "fuse_all", "dynamic")
 
 
 class ChainedFusion(StackFusion):
@@ -29,18 +40,26 @@ class ChainedFusion(StackFusion):
         keep_k = keep_(k-1) * own_k          once dropped, stays dropped
         r = main_k(m);  a = aux_k(a);  m = (1 - keep_k) * r + keep_k * fusion_k(r, a)
 
-    own_k is the gate's decision in a dynamic cell and 1 in a static one. The samples that survive
+    own_k is the gate's decision in a dynamic cell and 1 in a static one; in a cell with the rule
+    "fuse_all" m = fusion_k(r, a), whatever keep_k is. The samples that survive
     are kept in front: where some of them drop out, both streams are sorted again, so that every
     stage works on a prefix. That is one synchronisation with the device per dynamic cell; while
     nobody or everybody drops out, nothing is moved.
 
     Args:
-        gates: L modules or `Branch`es, called as gate(m, a) on what the cell before returned;
-            logits [n, 2], column 0: drop, column 1: keep. None for a static cell.
+        gates: L modules or `Branch`es, called as gate(m, a) on what the cell before returned, the
+            first on the inputs; logits [n, 2], column 0: drop, column 1: keep. None for a static
+            cell.
         main_stages, aux_stages, fusions: as in `NestedFusion`.
-        rules: for each cell "dynamic"; "fuse": whatever survives is fused; or "skip": nothing is
-            fused in this cell, and the auxiliary stream goes on. Default: dynamic where there is a
-            gate, else fuse. Auxiliary stages behind the last fusion never run.
+        rules: for each cell "dynamic"; "fuse": whatever survives is fused; "fuse_all": every sample
+            is, also what was dropped before, so that up to there auxiliary stages run on every
+            sample (DynMM's block_rule 1); or "skip": nothing is fused in this cell, and the
+            auxiliary stream goes on. Default: dynamic where there is a gate, else fuse. Auxiliary
+            stages behind the last fusion never run.
+        gates_read: "cells": gates read what the cell before returned. "stages": what its two stages
+            returned, before the fusion, as in DynMM's SkipESANet.
+        independent: keep_k = own_k: nobody is dropped for good, cells decide one by one (Stage I of
+            that model). Then auxiliary stages run on every sample in any mode.
         execution: "routed", "masked", "dense" (own_k is a probability) or "auto" (routed).
         gate_grad: "straight_through": exactly that of masked execution,
             d/d keep_k = <dm, fusion_k(r, a) - r>, through the product above to all gates up to k.
@@ -53,7 +72,9 @@ class ChainedFusion(StackFusion):
             from those of masked execution.
 
     The depth of a sample, forced or reported, is the number of cells it comes through; in forced
-    execution, too, a cell with the rule "skip" fuses nothing.
+    execution, too, a cell with the rule "skip" fuses nothing, and one with "fuse_all" everything.
+    Where cells are independent it is the number of those that fused it, and depth="random" tosses
+    a coin for each dynamic cell.
     """
 
     def __init__(
@@ -64,6 +85,8 @@ class ChainedFusion(StackFusion):
         fusions: Iterable[nn.Module],
         *,
         rules: Sequence[str] | None = None,
+        gates_read: str = "cells",
+        independent: bool = False,
         execution: str = "auto",
         gate_grad: str = "straight_through",
         temperature: float = 1.0,
@@ -80,6 +103,8 @@ class ChainedFusion(StackFusion):
             noise=noise,
             batch_norm=batch_norm,
         )
+        self.gates_read = gates_read
+        self.independent = independent
         given = [*gates]
         if rules is None:
             rules = ["fuse" if gate is None else "dynamic" for gate in given]
@@ -117,37 +142,132 @@ class ChainedFusion(StackFusion):
     def _gate_reads(self, k: int) -> bool:
         return self._gate(k) is not None
 
+    def _last_whole(self, forced: bool) -> int:
+        if self.independent and not forced:
+            return len(self.rules)
+        dropping, last = forced, 0
+        for k, rule in enumerate(self.rules, start=1):
+            dropping = dropping or rule == "dynamic"
+            last = k if dropping and rule == "fuse_all" else last
+        return last
+
+    def _pair(self, weights: Tensor, k: int) -> Tensor:
+        fused = self.rules[k - 1] == "fuse_all"
+        return _skip_or_fuse(torch.ones_like(weights[:, 0])) if fused else super()._pair(weights, k)
+
+    def _obey(self, current: Pass, depth: Any) -> None:
+        if not (self.independent and isinstance(depth, str) and depth == "random"):
+            super()._obey(current, depth)
+            return
+        kept, device = self._nothing_dropped(current), current.inputs[0].device
+        shape = (current.num_rows, len(current.cells))
+        tossed = torch.randint(2, shape, generator=current.generator, device=device)
+        weights = [
+            toss.to(kept.keep.dtype) if rule == "dynamic" else kept.keep
+            for toss, rule in zip(tossed.unbind(1), self.rules, strict=True)
+        ]
+        self._run_everywhere(current, lambda k, *_: _skip_or_fuse(weights[k - 1]))
+        if current.reports:
+            kept.weights = [*weights]
+            kept.depth = torch.stack(weights, 1).long().sum(1)
+            self._report(current, kept)
+
     def _run_gated(self, current: Pass) -> None:
         gates = part(self, "gates")._modules.values()
         coupled = self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
+        size, last = len(current.cells), self._last_whole(False)
         if self.execution == "dense" or coupled or self._runs_everywhere(current):
-            self._run_chain_everywhere(current)
+            last = size
+        kept = self._nothing_dropped(current)
+        if last:
+            prefix, keep = self._run_whole(current, kept, last)
         else:
-            self._run_chain(current)
+            prefix, keep = Prefix(current.inputs, current.reads_aux), None
+        if last < size:
+            self._run_routed(current, kept, prefix, keep, last)
+        if current.reports:
+            self._report(current, kept)
+            if self.execution == "dense":
+                current.decision = Decision(TOP_ONE)
 
-    def _run_chain(self, current: Pass) -> None:
-        """Routed."""
-        exact, size = self.gate_grad == "straight_through", current.num_rows
-        prefix, keep = Prefix(current.inputs, current.reads_aux), None
-        keeps: list[Tensor | None] = []
-        depth = torch.zeros(size, dtype=torch.int64, device=current.inputs[0].device)
-        for k, cell in enumerate(current.cells, start=1):
-            gate = self._gate(k)
-            keep = None if keep is None else _padded(keep[: prefix.active + prefix.following], size)
+    def _nothing_dropped(self, current: Pass) -> Kept:
+        main = current.inputs[0]
+        dtype = torch.promote_types(main.dtype, torch.float32)
+        ones = torch.ones(current.num_rows, dtype=dtype, device=main.device)
+        return Kept(ones, torch.zeros_like(ones, dtype=torch.int64))
+
+    def _run_whole(self, current: Pass, kept: Kept, last: int) -> tuple[Prefix, Tensor | None]:
+        """Masked and dense; where cells are left behind `last`, sorted by who goes on there.
+
+        Returns the streams, and as `_drop` does the keep [N] by slots.
+        """
+        soft, routed = self.execution == "dense", last < len(current.cells)
+        selected = self.gate_grad == "selected" and not soft
+        drops = torch.zeros_like(kept.depth)  # how many gates dropped each sample
+
+        def decide(k: int, main: Tensor, unfused: Tensor, aux: Tensor) -> None:
+            nonlocal drops
+            own, gate = torch.ones_like(kept.keep), self._gate(k)
             if gate is not None:
+                current.gate_cost += gate.cost or 0.0
+                read = main if self.gates_read == "cells" else unfused
+                own = self._own(gate, self._ask(gate, read, aux, 2, current))
+            if routed:
+                drops = drops + (own.detach() == 0)
+            if self.independent:
+                kept.keep = own.to(kept.keep.dtype)
+                return
+            if selected:  # what a dropped sample would do later is not known
+                own = torch.where(kept.keep.detach() == 0, 0, own)
+            kept.keep = kept.keep * own
+
+        def weigh(k: int, *streams: Tensor) -> Tensor:
+            decide(k, *streams)
+            if current.reports:
+                kept.depth = kept.depth + (kept.keep.detach() != 0)
+            fused = self.rules[k - 1] == "fuse_all"
+            weight = torch.ones_like(kept.keep) if fused else kept.keep
+            kept.weights.append(weight)
+            pair = _skip_or_fuse(weight)
+            return hide_unselected(pair) if selected else pair
+
+        prefix = self._run_everywhere(current, weigh, soft, last)
+        if not routed:
+            return prefix, None
+        assert prefix.unfused is not None
+        assert prefix.aux is not None
+        decide(last + 1, prefix.main, prefix.unfused, prefix.aux)
+        if self._gate_reads(last + 1):
+            prefix.see(prefix.main, prefix.unfused, prefix.aux)
+        learns = autograd.is_followed(kept.keep)
+        # One gate alone can still learn that it should have kept a sample.
+        exact = learns and self.gate_grad == "straight_through"
+        left = torch.where((drops == 1) & exact, FOLLOWS, THROUGH)
+        plan = sorting.route_descending(torch.where(kept.keep.detach() > 0, FUSES, left), 3)
+        return prefix, prefix.sort(plan, kept.keep if learns else None)
+
+    def _run_routed(
+        self, current: Pass, kept: Kept, prefix: Prefix, keep: Tensor | None, last: int
+    ) -> None:
+        """The cells behind `last`. Where there is one, the next gate was asked already."""
+        exact, size = self.gate_grad == "straight_through", current.num_rows
+        prefix.keeps_unfused = self.gates_read == "stages"
+        for k, cell in enumerate(current.cells[last:], start=last + 1):
+            gate = self._gate(k)
+            if k > last + 1 or not last:
                 asked = prefix.active + prefix.following
-                current.gate_cost += (gate.cost or 0.0) * asked / size
-                keep = self._drop(current, prefix, gate, keep)
-            prefix.step(cell, None if keep is None else torch.stack([1 - keep, keep], 1), exact)
+                keep = None if keep is None else _padded(keep[:asked], size)
+                if gate is not None:
+                    current.gate_cost += (gate.cost or 0.0) * asked / size
+                    keep = self._drop(current, prefix, gate, keep)
+            prefix.step(cell, None if keep is None else _skip_or_fuse(keep), exact)
             if k in current.wanted:
                 current.outputs[k] = prefix.read()
             if current.reports:
-                keeps.append(None if keep is None else prefix.restore(keep))
+                kept.weights.append(None if keep is None else prefix.restore(keep))
                 came = slice(prefix.active)
-                depth[came if prefix.plan is None else prefix.plan.order[came].long()] = k
+                kept.depth[came if prefix.plan is None else prefix.plan.order[came].long()] = k
         current.rows_run = prefix.rows_run
-        if current.reports:
-            self._report(current, depth, keeps)
 
     def _drop(
         self, current: Pass, prefix: Prefix, gate: Branch, keep: Tensor | None
@@ -155,16 +275,17 @@ class ChainedFusion(StackFusion):
         """Asks the gate, sorts both streams; returns keep [N] by slots if a gate learned so far."""
         active, seen = prefix.active, prefix.active + prefix.following
         asked, learns = [], False
+        read, prefix.unfused = prefix.main if prefix.unfused is None else prefix.unfused, None
         if prefix.aux is None and self.gate_grad != "none":
             prefix.starved += gate.parameters()
         if prefix.aux is not None:
-            logits = self._ask(gate, prefix.main[:active], prefix.aux, 2, current)
-            prefix.see(prefix.main, prefix.aux)
+            logits = self._ask(gate, read[:active], prefix.aux, 2, current)
+            prefix.see(read, prefix.aux)
             learns = self.learns(logits)
             asked.append(logits.detach())
         if prefix.rest is not None:
             with forward_only([gate]):
-                main = prefix.main.detach()[active:seen]
+                main = read.detach()[active:seen]
                 asked.append(self._ask(gate, main, prefix.rest, 2, current))
         if not asked:
             return keep
@@ -184,39 +305,6 @@ class ChainedFusion(StackFusion):
         checks.check_faults(decided, plan.host_header, gate.label, samples)
         return prefix.sort(plan, keep)
 
-    def _kept(self, choice: Tensor, logits: Tensor) -> Tensor:
-        """[n]: 1 for those that the gate keeps, else 0, with its gradient."""
-        return straight_through(one_hot(choice, 2), TOP_ONE.probs(logits, self.temperature))[:, 1]
-
-    def _run_chain_everywhere(self, current: Pass) -> None:
-        """Masked and dense."""
-        soft = self.execution == "dense"
-        selected = self.gate_grad == "selected" and not soft
-        main = current.inputs[0]
-        dtype = torch.promote_types(main.dtype, torch.float32)
-        keep = torch.ones(current.num_rows, dtype=dtype, device=main.device)
-        keeps: list[Tensor | None] = []
-
-        def weigh(k: int, main: Tensor, aux: Tensor) -> Tensor:
-            nonlocal keep
-            own, gate = torch.ones_like(keep), self._gate(k)
-            if gate is not None:
-                current.gate_cost += gate.cost or 0.0
-                own = self._own(gate, self._ask(gate, main, aux, 2, current))
-            if selected:
-                own = torch.where(keep.detach() == 0, 0, own)
-            keep = keep * own
-            keeps.append(keep)
-            pair = torch.stack([1 - keep, keep], 1)
-            return hide_unselected(pair) if selected else pair
-
-        self._run_everywhere(current, weigh, soft)
-        if current.reports:
-            came = torch.stack([keep.detach() != 0 for keep in keeps if keep is not None])
-            self._report(current, came.sum(0), keeps)
-            if soft:
-                current.decision = Decision(TOP_ONE)
-
     def _own(self, gate: Branch, logits: Tensor) -> Tensor:
         """[N]: the weight of keeping."""
         choice = sorting.choose(logits.detach())
@@ -225,14 +313,23 @@ class ChainedFusion(StackFusion):
             return TOP_ONE.probs(logits, self.temperature)[:, 1]
         return self._kept(choice, logits) if self.learns(logits) else choice.to(logits.dtype)
 
-    def _report(self, current: Pass, depth: Tensor, keeps: Sequence[Tensor | None]) -> None:
-        plan = sorting.route_descending(depth, len(current.cells) + 1)
-        current.decision = Decision(TOP_ONE, depth, plan)
-        dtype = torch.promote_types(current.inputs[0].dtype, torch.float32)
+    def _kept(self, choice: Tensor, logits: Tensor) -> Tensor:
+        """[n]: 1 for those that the gate keeps, else 0, with its gradient."""
+        return straight_through(one_hot(choice, 2), TOP_ONE.probs(logits, self.temperature))[:, 1]
+
+    def _report(self, current: Pass, kept: Kept) -> None:
+        plan = sorting.route_descending(kept.depth, len(current.cells) + 1)
+        current.decision = Decision(TOP_ONE, kept.depth, plan)
         columns = [
-            (depth >= k).to(dtype) if own is None else own for k, own in enumerate(keeps, start=1)
+            (kept.depth >= k).to(kept.keep.dtype) if weight is None else weight
+            for k, weight in enumerate(kept.weights, start=1)
         ]
         current.keep = torch.cat([column.unsqueeze(1) for column in columns], 1)
+
+
+def _skip_or_fuse(keep: Tensor) -> Tensor:
+    """[N, 2], of skipping and of fusing."""
+    return torch.stack([1 - keep, keep], 1)
 
 
 def _padded(keep: Tensor, size: int) -> Tensor:

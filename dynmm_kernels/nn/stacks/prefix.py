@@ -34,6 +34,7 @@ class Prefix:
         rest: [r, ...], samples n..n+r: the exact gradient of the gate asks what fusing them would
             have given. Without a graph. None where r is 0.
         plan: which sample is in which slot; None: as in the batch.
+        unfused: [N, ...], what the last main stage returned, where a gate is to read it.
     """
 
     def __init__(self, inputs: tuple[Tensor, Tensor], reads_aux: bool) -> None:
@@ -45,6 +46,8 @@ class Prefix:
         self.aux: Tensor | None = inputs[1]
         self.rest: Tensor | None = None
         self.plan: RoutingPlan | None = None
+        self.unfused: Tensor | None = None
+        self.keeps_unfused = False
         self.starved: list[Tensor] = []
         self.left: list[Tensor] = []  # aux, where it went on without a graph
         self.followers: list[Stage] = []  # what has run on it since
@@ -61,13 +64,16 @@ class Prefix:
         """r."""
         return 0 if self.rest is None else self.rest.shape[0]
 
-    def sort_by_depth(self, plan: RoutingPlan, follow: bool, probs: Tensor | None) -> Tensor | None:
-        """Sorts the batch once for all cells; `probs` by slots.
+    def sort_by_depth(
+        self, plan: RoutingPlan, first: int, follow: bool, probs: Tensor | None
+    ) -> Tensor | None:
+        """Sorts the batch once for all cells from the `first` on; `probs` by slots.
 
         Everything moves in one call; nothing does where all samples have one depth.
         """
-        main, aux = self.inputs
-        size, count = main.shape[0], sorting.at_least(plan, 1)
+        main, aux = self.main, self.aux
+        assert aux is not None
+        size, count = main.shape[0], sorting.at_least(plan, first)
         if max(plan.counts) == size:
             self.narrow(count, follow)
             return probs
@@ -150,7 +156,7 @@ class Prefix:
         read, held = [*self.inputs, *self.lent], [*self.lent, *self.seen]
         main = cell.main.run(cell.main.spare(self.main, [*self.inputs, *held, *others]), read=read)
         self.lent = sharing(self.lent, [main, *others])
-        self.main = main
+        self.main, self.unfused = main, main if self.keeps_unfused else None
         del read  # frees what the stage read
         self.rows_run.append(self.active + self.following if cell.reads else 0)
         held = [*self.inputs, *held, main]

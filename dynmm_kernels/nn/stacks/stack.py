@@ -139,11 +139,7 @@ class StackFusion(Settings):
             current.decision = uniform(size, last + 1, main)
             self._run_dense(current)
         else:
-            chosen = forced(depth, "depth", last + 1, size, main.device, generator)
-            plan = sorting.route_descending(chosen, last + 1)
-            sorting.check_levels(plan, chosen, "depth")
-            current.decision = Decision(TOP_ONE, chosen, plan)
-            self._run_to_depth(current)
+            self._obey(current, depth)
         result: Any = current.outputs[last]
         if stages:
             result = result, [current.outputs[k] for k in stages]
@@ -152,64 +148,103 @@ class StackFusion(Settings):
     def _run_gated(self, current: Pass) -> None:
         raise NotImplementedError
 
+    def _obey(self, current: Pass, depth: Any) -> None:
+        """Runs a forced decision."""
+        num_depths, device = len(current.cells) + 1, current.inputs[0].device
+        size, generator = current.num_rows, current.generator
+        chosen = forced(depth, "depth", num_depths, size, device, generator)
+        plan = sorting.route_descending(chosen, num_depths)
+        sorting.check_levels(plan, chosen, "depth")
+        current.decision = Decision(TOP_ONE, chosen, plan)
+        self._run_to_depth(current)
+
     def _run_dense(self, current: Pass) -> None:
         """Every stage on every sample, weighted by the probabilities of all depths."""
         probs = current.decision.weights()
-        self._run_everywhere(current, lambda k, *_: skip_and_fuse(probs, k), soft=True)
+        self._run_everywhere(current, lambda k, *_: self._pair(probs, k), soft=True)
 
     def _run_to_depth(self, current: Pass) -> None:
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
-        decision = current.decision
+        decision, plan, last = current.decision, current.decision.plan, self._last_whole(True)
         learns, exact = decision.grad is not None, decision.exact
-        if self._runs_everywhere(current):
+        everywhere = self._runs_everywhere(current)
+        prefix = Prefix(current.inputs, current.reads_aux)
+        if everywhere or last:
             # Of a sum of weights all keep their gradient, and of a pair the one that is not zero.
             weights = decision.weights() if learns else decision.selected.float()
 
-            def weigh(k: int, main: Tensor, aux: Tensor) -> Tensor:
-                pair = skip_and_fuse(weights, k)
+            def weigh(k: int, *_: Tensor) -> Tensor:
+                pair = self._pair(weights, k)
                 return pair if exact or not learns else hide_unselected(pair)
 
-            self._run_everywhere(current, weigh)
-            return
-        plan = decision.plan
+            prefix = self._run_everywhere(current, weigh, last=None if everywhere else last)
+            if everywhere:
+                return
         assert plan is not None
-        prefix = Prefix(current.inputs, current.reads_aux)
-        probs = prefix.sort_by_depth(plan, exact, decision.probs if learns else None)
-        for k, cell in enumerate(current.cells, start=1):
+        probs = decision.probs if learns else None
+        if last < len(current.cells):
+            probs = prefix.sort_by_depth(plan, last + 1, exact, probs)
+        for k, cell in enumerate(current.cells[last:], start=last + 1):
             prefix.narrow(sorting.at_least(plan, k), exact)
-            prefix.step(cell, None if probs is None else skip_and_fuse(probs, k), exact)
+            prefix.step(cell, None if probs is None else self._pair(probs, k), exact)
             if k in current.wanted:
                 current.outputs[k] = prefix.read()
         current.rows_run = prefix.rows_run
 
     def _run_everywhere(
-        self, current: Pass, weigh: Callable[[int, Tensor, Tensor], Tensor], soft: bool = False
-    ) -> None:
+        self,
+        current: Pass,
+        weigh: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        soft: bool = False,
+        last: int | None = None,
+    ) -> Prefix:
         """Every cell on every sample, weighted: what DynMM's own code does.
 
-        `weigh(k, main, aux)`: [N, 2], the weights of skipping and of fusing in cell k, out of what
-        the cell before it returned.
+        Args:
+            weigh: weigh(k, main, unfused, aux) gives [N, 2], the weights of skipping and of fusing
+                in cell k, out of what the cell before it returned, and its main stage before that.
+            last: the last cell that runs so; None: all do.
+
+        Returns:
+            Both streams behind that cell.
         """
         main, aux = current.inputs
+        unfused = main
         lent: list[Tensor] = []  # outputs that the caller reads
         seen: list[Tensor] = []  # what a gate or a fusion may keep for its backward pass
-        current.rows_run = [current.num_rows]
-        for k, cell in enumerate(current.cells, start=1):
-            weights = weigh(k, main, aux)
+        rows_run = [current.num_rows]
+        for k, cell in enumerate(current.cells[:last], start=1):
+            weights = weigh(k, main, unfused, aux)
             if torch.is_grad_enabled() and self._gate_reads(k):
-                seen += [main, aux]
+                seen += [main, unfused, aux]
             held = [*current.inputs, *lent, *seen]
             main = cell.main.run(cell.main.spare(main, [*held, aux]), read=[*current.inputs, *lent])
             if cell.reads:
                 aux = cell.aux.run(cell.aux.spare(aux, [*held, main]), read=current.inputs)
-            seen = sharing(seen, [main, aux])
+            seen, unfused = sharing(seen, [main, aux]), main
             if cell.fuses:
                 seen += [main, aux] if torch.is_grad_enabled() else []
                 main = blend((main, cell.fuse(main, aux)), weights, soft)
-            current.rows_run.append(current.num_rows if cell.reads else 0)
+            rows_run.append(current.num_rows if cell.reads else 0)
             if k in current.wanted:
                 lent.append(main)
                 current.outputs[k] = apart(main, current.inputs)
+        current.rows_run = rows_run
+        prefix = Prefix(current.inputs, current.reads_aux)
+        prefix.main, prefix.aux, prefix.unfused = main, aux, unfused
+        prefix.lent, prefix.seen, prefix.rows_run = lent, seen, rows_run
+        return prefix
+
+    def _pair(self, weights: Tensor, k: int) -> Tensor:
+        """[N, 2], of skipping and fusing in cell k, out of the weights [N, 1 + L] of all depths."""
+        return skip_and_fuse(weights, k)
+
+    def _last_whole(self, forced: bool) -> int:
+        """The last cell in which a sample fuses that had been dropped before; 0: there is none.
+
+        Up to there the auxiliary stages run on every sample.
+        """
+        return 0
 
     def _gate_reads(self, k: int) -> bool:
         """Whether a gate reads what cell k starts from."""
