@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.schemas import FAULTS, FIRST
 from . import tree
 from .plan import RoutingPlan
 
@@ -89,35 +88,44 @@ def check_logits(
     raise TypeError(f"{gate} must return floating logits {wanted}; got {got}")
 
 
+LOGITS = "logits must have a finite maximum and no nan"
+
+
 def check_faults(
     logits: Tensor,
-    header: list[int],
+    plan: RoutingPlan,
     gate: str = "the gate",
     samples: Tensor | None = None,
-    entries_per_row: int = 1,
+    wanted: str = LOGITS,
 ) -> None:
-    """Raises ValueError for the first row of `logits` without a defined softmax.
+    """Raises ValueError for the first undefined row of what a gate returned.
 
     Args:
-        header: of a plan, whose faulty entries are those of such rows.
-        samples: samples[row] is the row of the batch that the logits are for; None: the same.
+        plan: whose faulty entries are those of such rows.
+        samples: samples[row] is the row of the batch that `logits` are for; None: the same.
+        wanted: of what the gate returns.
     """
-    count, row = header[FAULTS] // entries_per_row, header[FIRST] // entries_per_row
+    count, first = plan.faults
     if count:
-        _raise_undefined(logits, row, count, gate, row if samples is None else int(samples[row]))
+        row = first // plan.ranks
+        sample = row if samples is None else int(samples[row])
+        _raise_undefined(logits, row, count // plan.ranks, gate, sample, wanted)
 
 
-def check_defined(logits: Tensor, undefined: Tensor, gate: str = "the gate") -> None:
+def check_defined(
+    logits: Tensor, undefined: Tensor, gate: str = "the gate", wanted: str = LOGITS
+) -> None:
     """As `check_faults`, of rows bool [N] that are `undefined`; where nobody makes a plan."""
     if undefined.any():
         row = int(undefined.int().argmax())
-        _raise_undefined(logits, row, int(undefined.sum()), gate, row)
+        _raise_undefined(logits, row, int(undefined.sum()), gate, row, wanted)
 
 
-def _raise_undefined(logits: Tensor, row: int, count: int, gate: str, sample: int) -> NoReturn:
+def _raise_undefined(
+    logits: Tensor, row: int, count: int, gate: str, sample: int, wanted: str
+) -> NoReturn:
     raise ValueError(
-        f"{gate}'s logits must have a finite maximum and no nan; got {logits[row].tolist()} in row "
-        f"{sample} ({count} such rows in all)"
+        f"{gate}'s {wanted}; got {logits[row].tolist()} in row {sample} ({count} such rows in all)"
     )
 
 

@@ -149,5 +149,6 @@ def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     _, order, inverse, header = ops.serving().route_argmax(logits)
     host_header = header.tolist() if header.is_cpu else host_copy(header)()
     if host_header[FAULTS]:
-        checks.check_faults(logits, host_header)
+        plan = RoutingPlan(order, inverse, header, logits.shape[1], host_header)
+        checks.check_faults(logits, plan)
     return order, inverse, host_header

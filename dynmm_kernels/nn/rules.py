@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..functional import checks, sorting
+from ..functional import sorting
+from ..functional.checks import LOGITS
 from ..functional.plan import RoutingPlan
 
 
@@ -27,24 +28,39 @@ class Rule:
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    wanted = LOGITS  # of what a gate returns, or a row is undefined
+
     def undefined(self, logits: Tensor) -> Tensor:
         """bool [N]: rows that decide nothing, a nan or no finite maximum."""
         return ~logits.amax(1).isfinite()
 
     def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
-        """The choice and its plan; the check of the logits rides on the counts.
+        """The choice and its plan, in which the entries of undefined rows are faulty.
 
         `fusion`: for its settings and costs, which may change from call to call.
         """
         raise NotImplementedError
 
+    def draw(self, logits: Tensor, generator: torch.Generator | None) -> tuple[Rule, Tensor]:
+        """Logits with noise, and the rule for them."""
+        return self, logits + self.noise(logits, generator)
+
     def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """[N, B]: added to the logits, it makes the decision a draw."""
         return gumbel_like(logits, generator)
 
+    def logits_of(self, probs: Tensor) -> Tensor:
+        """[N, B]: logits of which these are the `probs`; nan in rows that are no probabilities."""
+        fits = (probs >= 0).all(1) & ((probs.sum(1) - 1).abs() <= ROUNDING)
+        return torch.where(fits.unsqueeze(1), probs.log(), float("nan"))
+
     def probs(self, logits: Tensor, temperature: float) -> Tensor:
         """[N, B]: the weights of dense execution, and what the gate's gradient goes through."""
         return tempered_softmax(logits, temperature)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The choice of `decide` without a plan, int64 [N]; -1 in an undefined row."""
+        raise NotImplementedError
 
     def selected(self, choice: Tensor, num_branches: int) -> Tensor:
         """bool [N, B]."""
@@ -71,9 +87,10 @@ class TopOne(Rule):
 
     def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N]."""
-        choice, plan = sorting.route_argmax(logits.detach() if logits.requires_grad else logits)
-        checks.check_faults(logits, plan.host_header)
-        return choice, plan
+        return sorting.route_argmax(logits.detach() if logits.requires_grad else logits)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        return sorting.choose(logits.detach())
 
 
 class TopK(Rule):
@@ -92,9 +109,7 @@ class TopK(Rule):
     def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N, k], the most probable first."""
         choice = logits.detach().topk(self.k, dim=1).indices
-        plan = sorting.route_unless(choice, self.undefined(logits), logits.shape[1])
-        checks.check_faults(logits, plan.host_header, entries_per_row=self.k)
-        return choice, plan
+        return choice, sorting.route_unless(choice, self.undefined(logits), logits.shape[1])
 
     def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
         return torch.zeros_like(probs).scatter(1, choice, self.rank_weights(choice, probs))
@@ -116,15 +131,15 @@ class MultiHot(Rule):
 
     def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice bool [N, B]."""
-        num_branches = logits.shape[1]
-        choice = logits.detach() > 0
+        choice, num_branches = logits.detach() > 0, logits.shape[1]
         entries = torch.where(choice, torch.arange(num_branches, device=choice.device), -1)
-        plan = sorting.route_unless(entries, self.undefined(logits), num_branches)
-        checks.check_faults(logits, plan.host_header, entries_per_row=num_branches)
-        return choice, plan
+        return choice, sorting.route_unless(entries, self.undefined(logits), num_branches)
 
     def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         return gumbel_like(logits, generator) - gumbel_like(logits, generator)
+
+    def logits_of(self, probs: Tensor) -> Tensor:
+        return probs.logit()  # nan outside 0..1
 
     def probs(self, logits: Tensor, temperature: float) -> Tensor:
         return (logits / temperature).sigmoid()
@@ -145,24 +160,119 @@ class Uniform(Rule):
     """Every branch with the same weight, whatever a gate would say."""
 
 
+class Probabilities(Rule):
+    """A rule for a gate that returns what `probs` would make of its logits."""
+
+    wanted = "probabilities must be in 0..1, and those of a softmax sum to 1"
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def undefined(self, probs: Tensor) -> Tensor:
+        return self.rule.logits_of(probs).isnan().any(1)
+
+    def decide(self, probs: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
+        return self.rule.decide(self.rule.logits_of(probs.detach()), fusion)
+
+    def choose(self, probs: Tensor) -> Tensor:
+        return self.rule.choose(self.rule.logits_of(probs.detach()))
+
+    def draw(self, probs: Tensor, generator: torch.Generator | None) -> tuple[Rule, Tensor]:
+        return self.rule.draw(self.rule.logits_of(probs), generator)
+
+    def probs(self, probs: Tensor, temperature: float) -> Tensor:
+        return probs
+
+    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
+        return self.rule.selected(choice, num_branches)
+
+    def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
+        return self.rule.weights(choice, probs)
+
+    def rank_weights(self, choice: Tensor, probs: Tensor) -> Tensor | None:
+        return self.rule.rank_weights(choice, probs)
+
+    def merge(self, column: Sequence[Tensor], chosen: Tensor) -> Tensor:
+        return self.rule.merge(column, chosen)
+
+
+class Weights(Rule):
+    """For a gate that returns zeros and ones, with a gradient of their own; at most one one."""
+
+    wanted = "weights must be zeros and ones, at most one of them in a row"
+
+    def undefined(self, weights: Tensor) -> Tensor:
+        return ~((weights == 0) | (weights == 1)).all(1) | (weights.sum(1) > 1)
+
+    def decide(self, weights: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
+        """The choice int64 [N], -1 in a row of zeros."""
+        weights = weights.detach()
+        choice = torch.where(weights.amax(1) > 0, weights.argmax(1), -1)
+        undefined = self.undefined(weights)
+        return choice, sorting.route_unless(choice.unsqueeze(1), undefined, weights.shape[1])
+
+    def draw(self, weights: Tensor, generator: torch.Generator | None) -> tuple[Rule, Tensor]:
+        raise ValueError(
+            "noise must be None where gate_returns='weights': such a gate draws its own"
+        )
+
+    def probs(self, weights: Tensor, temperature: float) -> Tensor:
+        return weights
+
+
+class OneWeight(Weights):
+    """Exactly one in every row: for depths, of which every sample has one."""
+
+    wanted = "weights must be zeros and exactly one one in a row"
+
+    def undefined(self, weights: Tensor) -> Tensor:
+        return super().undefined(weights) | (weights.sum(1) != 1)
+
+    def choose(self, weights: Tensor) -> Tensor:
+        weights = weights.detach()
+        return torch.where(self.undefined(weights), -1, weights.argmax(1))
+
+
+class SeveralWeights(MultiHot):
+    """For a gate that returns zeros and ones, any number of ones."""
+
+    wanted = "weights must be zeros and ones"
+
+    def undefined(self, weights: Tensor) -> Tensor:
+        return ~((weights == 0) | (weights == 1)).all(1)
+
+    def draw(self, weights: Tensor, generator: torch.Generator | None) -> tuple[Rule, Tensor]:
+        return Weights().draw(weights, generator)
+
+    def probs(self, weights: Tensor, temperature: float) -> Tensor:
+        return weights
+
+
+ROUNDING = 0.02  # how far from 1 probabilities in half precision may sum
 TOP_ONE, MULTI_HOT, UNIFORM = TopOne(), MultiHot(), Uniform()
+DEPTH_RULES: dict[str, Any] = {
+    "logits": TOP_ONE,
+    "probabilities": Probabilities(TOP_ONE),
+    "weights": OneWeight(),
+}
 
 
-def rule_of(select: int | str, num_branches: int) -> Rule:
-    """The rule that `RoutedFusion(select=...)` names.
+def rule_of(select: int | str, num_branches: int, returns: str = "logits") -> Rule:
+    """The rule that `RoutedFusion(select=..., gate_returns=...)` names.
 
     Raises:
         ValueError: none, or more branches than there are.
     """
-    if select == "multi_hot":
-        return MULTI_HOT
-    if type(select) is not int or select < 1:
+    if select != "multi_hot" and (type(select) is not int or select < 1):
         raise ValueError(
             f"RoutedFusion: select must be a number of branches or 'multi_hot'; got {select!r}"
         )
-    if select > num_branches:
+    if type(select) is int and select > num_branches:
         raise ValueError(f"RoutedFusion: select={select} of only {num_branches} branches")
-    return TOP_ONE if select == 1 else TopK(select)
+    if returns == "weights":
+        return Weights() if select == 1 else SeveralWeights()
+    rule = TOP_ONE if select == 1 else MULTI_HOT if select == "multi_hot" else TopK(int(select))
+    return Probabilities(rule) if returns == "probabilities" else rule
 
 
 def one_hot(choice: Tensor, num_branches: int) -> Tensor:

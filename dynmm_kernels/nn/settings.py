@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import autograd
@@ -15,6 +17,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "noise": (None, "gumbel", "gumbel_always"),
     "batch_norm": ("masked", "subset"),
     "gates_read": ("cells", "stages"),
+    "gate_returns": ("logits", "probabilities", "weights"),
 }
 
 
@@ -28,6 +31,7 @@ class Settings(nn.Module):
         temperature: float,
         noise: str | None,
         batch_norm: str,
+        gate_returns: str,
     ) -> None:
         super().__init__()
         self.execution = execution
@@ -35,6 +39,8 @@ class Settings(nn.Module):
         self.temperature = temperature
         self.noise = noise
         self.batch_norm = batch_norm
+        self.gate_returns = gate_returns
+        self.looked_at = False  # whether logits that are probabilities would have been found out
 
     def __setattr__(self, name: str, value: Any) -> None:
         label = type(self).__name__
@@ -55,7 +61,24 @@ class Settings(nn.Module):
 
     def learns(self, logits: Tensor) -> bool:
         """Whether the gate that gave these logits gets a gradient."""
-        return self.gate_grad != "none" and autograd.is_followed(logits)
+        learns = self.gate_grad != "none" and autograd.is_followed(logits)
+        if learns and not self.looked_at and self.training and not torch.compiler.is_compiling():
+            self._look_at(logits.detach())
+        return learns
+
+    def _look_at(self, logits: Tensor) -> None:
+        """Warns, the first time that a gate learns, where its gradient would be another one."""
+        self.looked_at = True
+        soft = self.gate_returns == "logits" and getattr(self, "select", 1) != "multi_hot"
+        if not (soft and logits.numel() and (logits >= 0).all()):
+            return
+        if ((logits.sum(1) - 1).abs() < 1e-3).all():
+            warnings.warn(
+                f"{type(self).__name__}: the gate's logits are >= 0 and sum to 1, as probabilities "
+                "do; if they are, say gate_returns='probabilities' (or 'weights'), or the gradient "
+                "of the gate is wrong",
+                stacklevel=4,
+            )
 
     def extra_repr(self) -> str:
         return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"

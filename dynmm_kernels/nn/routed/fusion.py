@@ -43,8 +43,12 @@ class RoutedFusion(Settings):
             sigmoid (AdaMML); none: zeros.
         batch_norm: what a branch with train-mode BatchNorm does when routed. "masked": it runs on
             the whole batch, which is exact. "subset": on its own samples, whose statistics differ.
+        gate_returns: "logits". "probabilities": a softmax was applied already ("multi_hot": a
+            sigmoid); the temperature is not used. "weights": zeros and ones with a gradient of
+            their own, such as hard Gumbel-softmax; a one for each branch that a sample takes, and
+            with `select` other than 1 any number of them, summed unweighted.
 
-    All six may be changed between calls; parameters and state_dict are the same in every mode.
+    All seven may be changed between calls; parameters and state_dict are the same in every mode.
 
     Example:
         >>> branches = {"cheap": nn.Linear(8, 3), "costly": nn.Linear(8, 3)}
@@ -66,8 +70,9 @@ class RoutedFusion(Settings):
         noise: str | None = None,
         select: int | str = 1,
         batch_norm: str = "masked",
+        gate_returns: str = "logits",
     ) -> None:
-        super().__init__(execution, gate_grad, temperature, noise, batch_norm)
+        super().__init__(execution, gate_grad, temperature, noise, batch_norm, gate_returns)
         if not isinstance(branches, Iterable):
             raise TypeError(
                 f"RoutedFusion: branches must be a sequence or a dict of modules; got "
@@ -143,11 +148,12 @@ class RoutedFusion(Settings):
         logits = ask(gate, arguments, own.tensors(), batch.num_rows, num_branches, batch.device)
         rule = self.rule
         if self.draws:
-            logits = logits + rule.noise(logits, generator)
+            rule, logits = rule.draw(logits, generator)
         if self.execution == "dense":
-            checks.check_defined(logits, rule.undefined(logits))
+            checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
             return Decision(rule, probs=rule.probs(logits, self.temperature))
         choice, plan = rule.decide(logits, self)
+        checks.check_faults(logits, plan, wanted=rule.wanted)
         learns = self.learns(logits)
         if not (learns or reports or self.select != 1):
             return Decision(rule, choice, plan)
@@ -158,8 +164,10 @@ class RoutedFusion(Settings):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "select":
-            self.rule = rule_of(value, len(self.branches))
+            rule_of(value, len(self.branches))  # refuses what is none
         super().__setattr__(name, value)
+        if name in ("select", "gate_returns") and "select" in self.__dict__:
+            self.rule = rule_of(self.select, len(self.branches), self.gate_returns)
 
     def costs(self) -> tuple[float, ...] | None:
         """Cost per sample of each branch; None where a branch has none."""

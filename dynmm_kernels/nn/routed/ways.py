@@ -33,6 +33,7 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["select"] != 1
         or state["execution"] not in ("auto", "routed")
         or state["noise"] == "gumbel_always"
+        or state["gate_returns"] != "logits"
     ):
         return None
     modules = state["_modules"]

@@ -13,7 +13,7 @@ from ...functional import autograd, checks, sorting
 from ..branch import Branch, forward_only, part
 from ..decision import Decision
 from ..gates import Gates
-from ..rules import TOP_ONE, one_hot, straight_through
+from ..rules import TOP_ONE, Rule, one_hot, straight_through
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
 from .stack import Pass, StackFusion, hide_unselected
 from .stage import Cell
@@ -66,7 +66,8 @@ class ChainedFusion(StackFusion):
             So a dropped sample follows without a graph as long as later gates would have kept it.
             "selected": what ran teaches. Survivors: d/d keep_k = <dm, fusion_k(r, a)>; a dropped
             sample: -<dm, r> for the cell that dropped it, nothing from later ones. "none": none.
-        temperature, batch_norm: as in `NestedFusion`; BatchNorm in a gate counts as well.
+        temperature, batch_norm, gate_returns: as in `NestedFusion`, gates with two columns;
+            BatchNorm in a gate counts as well.
         noise: None; "gumbel" to sample the decisions while training; "gumbel_always" in eval, too
             (as DynMM's code does). Routed execution draws for survivors only, so the draws differ
             from those of masked execution.
@@ -92,6 +93,7 @@ class ChainedFusion(StackFusion):
         temperature: float = 1.0,
         noise: str | None = None,
         batch_norm: str = "masked",
+        gate_returns: str = "logits",
     ) -> None:
         super().__init__(
             main_stages,
@@ -102,6 +104,7 @@ class ChainedFusion(StackFusion):
             temperature=temperature,
             noise=noise,
             batch_norm=batch_norm,
+            gate_returns=gate_returns,
         )
         self.gates_read = gates_read
         self.independent = independent
@@ -211,7 +214,7 @@ class ChainedFusion(StackFusion):
             if gate is not None:
                 current.gate_cost += gate.cost or 0.0
                 read = main if self.gates_read == "cells" else unfused
-                own = self._own(gate, self._ask(gate, read, aux, 2, current))
+                own = self._own(gate, *self._ask(gate, read, aux, 2, current))
             if routed:
                 drops = drops + (own.detach() == 0)
             if self.independent:
@@ -279,22 +282,23 @@ class ChainedFusion(StackFusion):
         if prefix.aux is None and self.gate_grad != "none":
             prefix.starved += gate.parameters()
         if prefix.aux is not None:
-            logits = self._ask(gate, read[:active], prefix.aux, 2, current)
+            rule, logits = self._ask(gate, read[:active], prefix.aux, 2, current)
             prefix.see(read, prefix.aux)
             learns = self.learns(logits)
             asked.append(logits.detach())
         if prefix.rest is not None:
             with forward_only([gate]):
                 main = read.detach()[active:seen]
-                asked.append(self._ask(gate, main, prefix.rest, 2, current))
+                rule, others = self._ask(gate, main, prefix.rest, 2, current)
+                asked.append(others)
         if not asked:
             return keep
         decided = asked[0] if len(asked) == 1 else torch.cat(asked)
-        choice = sorting.choose(decided)
+        choice = rule.choose(decided)
         if learns or keep is not None:
             own = choice.to(decided.dtype if keep is None else keep.dtype)
             if learns:
-                own = torch.cat([self._kept(choice[:active], logits), own[active:]])
+                own = torch.cat([self._kept(rule, choice[:active], logits), own[active:]])
             keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
         follow = learns and self.gate_grad == "straight_through"
         level = torch.where(choice > 0, FUSES, FOLLOWS if follow else THROUGH)
@@ -302,20 +306,21 @@ class ChainedFusion(StackFusion):
             level = torch.cat([level[:active], choice[active:]])
         plan = sorting.route_descending(torch.where(choice < 0, -1, level), 3)
         samples = None if prefix.plan is None else prefix.plan.order
-        checks.check_faults(decided, plan.host_header, gate.label, samples)
+        checks.check_faults(decided, plan, gate.label, samples, rule.wanted)
         return prefix.sort(plan, keep)
 
-    def _own(self, gate: Branch, logits: Tensor) -> Tensor:
+    def _own(self, gate: Branch, rule: Rule, logits: Tensor) -> Tensor:
         """[N]: the weight of keeping."""
-        choice = sorting.choose(logits.detach())
-        checks.check_defined(logits, choice < 0, gate.label)
+        choice = rule.choose(logits)
+        checks.check_defined(logits, choice < 0, gate.label, rule.wanted)
         if self.execution == "dense":
-            return TOP_ONE.probs(logits, self.temperature)[:, 1]
-        return self._kept(choice, logits) if self.learns(logits) else choice.to(logits.dtype)
+            return rule.probs(logits, self.temperature)[:, 1]
+        return self._kept(rule, choice, logits) if self.learns(logits) else choice.to(logits.dtype)
 
-    def _kept(self, choice: Tensor, logits: Tensor) -> Tensor:
+    def _kept(self, rule: Rule, choice: Tensor, logits: Tensor) -> Tensor:
         """[n]: 1 for those that the gate keeps, else 0, with its gradient."""
-        return straight_through(one_hot(choice, 2), TOP_ONE.probs(logits, self.temperature))[:, 1]
+        probs = rule.probs(logits, self.temperature)
+        return straight_through(one_hot(choice, 2), probs)[:, 1]
 
     def _report(self, current: Pass, kept: Kept) -> None:
         plan = sorting.route_descending(kept.depth, len(current.cells) + 1)

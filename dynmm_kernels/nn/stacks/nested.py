@@ -9,7 +9,6 @@ from torch import nn
 from ...functional import checks, sorting
 from ..branch import as_branch, part
 from ..decision import Decision
-from ..rules import TOP_ONE
 from .stack import Pass, StackFusion
 
 
@@ -51,6 +50,8 @@ class NestedFusion(StackFusion):
         batch_norm: what happens where an auxiliary stage or a fusion has train-mode BatchNorm.
             "masked": the stack runs masked, which is exact. "subset": it runs routed, on
             statistics of the samples that came so far.
+        gate_returns: as in `RoutedFusion`, with depths for branches; "weights" have exactly one one
+            in a row.
 
     Dropout draws differ between masked and routed execution.
     """
@@ -67,6 +68,7 @@ class NestedFusion(StackFusion):
         temperature: float = 1.0,
         noise: str | None = None,
         batch_norm: str = "masked",
+        gate_returns: str = "logits",
     ) -> None:
         super().__init__(
             main_stages,
@@ -77,24 +79,25 @@ class NestedFusion(StackFusion):
             temperature=temperature,
             noise=noise,
             batch_norm=batch_norm,
+            gate_returns=gate_returns,
         )
         self.gate = as_branch(gate, "the gate", "the gate")
 
     def _run_gated(self, current: Pass) -> None:
         num_depths, gate = len(current.cells) + 1, part(self, "gate")
-        logits = self._ask(gate, *current.inputs, num_depths, current)
+        rule, logits = self._ask(gate, *current.inputs, num_depths, current)
         current.gate_cost = gate.cost or 0.0
         if self.execution == "dense":
-            checks.check_defined(logits, TOP_ONE.undefined(logits))
-            current.decision = Decision(TOP_ONE, probs=TOP_ONE.probs(logits, self.temperature))
+            checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
+            current.decision = Decision(rule, probs=rule.probs(logits, self.temperature))
             self._run_dense(current)
             return
-        depth = sorting.choose(logits.detach())
+        depth = rule.choose(logits)
         plan = sorting.route_descending(depth, num_depths)
-        checks.check_faults(logits, plan.host_header)
+        checks.check_faults(logits, plan, wanted=rule.wanted)
         learns = self.learns(logits)
         reads = learns or current.reports
-        probs = TOP_ONE.probs(logits, self.temperature) if reads else None
+        probs = rule.probs(logits, self.temperature) if reads else None
         grad = self.gate_grad if learns else None
-        current.decision = Decision(TOP_ONE, depth, plan, probs, grad=grad)
+        current.decision = Decision(rule, depth, plan, probs, grad=grad)
         self._run_to_depth(current)

@@ -15,7 +15,7 @@ from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
 from ..routing import DepthRouting
-from ..rules import TOP_ONE
+from ..rules import DEPTH_RULES, TOP_ONE, Rule
 from ..settings import Settings
 from .prefix import Prefix
 from .stage import Cell, make_stages
@@ -257,11 +257,12 @@ class StackFusion(Settings):
 
     def _ask(
         self, gate: Branch, main: Tensor, aux: Tensor, num_columns: int, current: Pass
-    ) -> Tensor:
-        """Logits [n, C], with noise where that is wanted."""
+    ) -> tuple[Rule, Tensor]:
+        """What the gate returned, [n, C], with noise where that is wanted; and the rule for it."""
         read, rows = (main, aux), main.shape[0]
         logits = ask(gate, gate.select(read), read, rows, num_columns, main.device)
-        return logits + TOP_ONE.noise(logits, current.generator) if self.draws else logits
+        rule: Rule = DEPTH_RULES[self.gate_returns]
+        return rule.draw(logits, current.generator) if self.draws else (rule, logits)
 
     def _cells(self) -> list[Cell]:
         groups = ("main_stages", "aux_stages", "fusions")
