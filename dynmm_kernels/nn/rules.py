@@ -12,6 +12,8 @@ from ..functional import sorting
 from ..functional.checks import LOGITS
 from ..functional.plan import RoutingPlan
 
+ROUNDING = 0.02  # how far from 1 the sum of probabilities in half precision may be
+
 
 class Deciding(Protocol):
     """What a rule may read beside the logits."""
@@ -131,9 +133,8 @@ class MultiHot(Rule):
 
     def decide(self, logits: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice bool [N, B]."""
-        choice, num_branches = logits.detach() > 0, logits.shape[1]
-        entries = torch.where(choice, torch.arange(num_branches, device=choice.device), -1)
-        return choice, sorting.route_unless(entries, self.undefined(logits), num_branches)
+        choice = logits.detach() > 0
+        return choice, _plan_of(choice, self.undefined(logits))
 
     def noise(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         return gumbel_like(logits, generator) - gumbel_like(logits, generator)
@@ -202,19 +203,14 @@ class Weights(Rule):
     wanted = "weights must be zeros and ones, at most one of them in a row"
 
     def undefined(self, weights: Tensor) -> Tensor:
-        return ~((weights == 0) | (weights == 1)).all(1) | (weights.sum(1) > 1)
+        return _no_ones(weights) | ((weights > 0.5).sum(1) > 1)
 
     def decide(self, weights: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
         """The choice int64 [N], -1 in a row of zeros."""
         weights = weights.detach()
-        choice = torch.where(weights.amax(1) > 0, weights.argmax(1), -1)
+        choice = torch.where(weights.amax(1) > 0.5, weights.argmax(1), -1)
         undefined = self.undefined(weights)
         return choice, sorting.route_unless(choice.unsqueeze(1), undefined, weights.shape[1])
-
-    def draw(self, weights: Tensor, generator: torch.Generator | None) -> tuple[Rule, Tensor]:
-        raise ValueError(
-            "noise must be None where gate_returns='weights': such a gate draws its own"
-        )
 
     def probs(self, weights: Tensor, temperature: float) -> Tensor:
         return weights
@@ -226,7 +222,7 @@ class OneWeight(Weights):
     wanted = "weights must be zeros and exactly one one in a row"
 
     def undefined(self, weights: Tensor) -> Tensor:
-        return super().undefined(weights) | (weights.sum(1) != 1)
+        return super().undefined(weights) | (weights.amax(1) <= 0.5)
 
     def choose(self, weights: Tensor) -> Tensor:
         weights = weights.detach()
@@ -239,16 +235,16 @@ class SeveralWeights(MultiHot):
     wanted = "weights must be zeros and ones"
 
     def undefined(self, weights: Tensor) -> Tensor:
-        return ~((weights == 0) | (weights == 1)).all(1)
+        return _no_ones(weights)
 
-    def draw(self, weights: Tensor, generator: torch.Generator | None) -> tuple[Rule, Tensor]:
-        return Weights().draw(weights, generator)
+    def decide(self, weights: Tensor, fusion: Deciding) -> tuple[Tensor, RoutingPlan]:
+        choice = weights.detach() > 0.5
+        return choice, _plan_of(choice, self.undefined(weights))
 
     def probs(self, weights: Tensor, temperature: float) -> Tensor:
         return weights
 
 
-ROUNDING = 0.02  # how far from 1 probabilities in half precision may sum
 TOP_ONE, MULTI_HOT, UNIFORM = TopOne(), MultiHot(), Uniform()
 DEPTH_RULES: dict[str, Any] = {
     "logits": TOP_ONE,
@@ -273,6 +269,18 @@ def rule_of(select: int | str, num_branches: int, returns: str = "logits") -> Ru
         return Weights() if select == 1 else SeveralWeights()
     rule = TOP_ONE if select == 1 else MULTI_HOT if select == "multi_hot" else TopK(int(select))
     return Probabilities(rule) if returns == "probabilities" else rule
+
+
+def _plan_of(choice: Tensor, undefined: Tensor) -> RoutingPlan:
+    """The plan of a choice bool [N, B]."""
+    num_branches = choice.shape[1]
+    entries = torch.where(choice, torch.arange(num_branches, device=choice.device), -1)
+    return sorting.route_unless(entries, undefined, num_branches)
+
+
+def _no_ones(weights: Tensor) -> Tensor:
+    """bool [N]: rows with anything but zeros and ones, up to what hard + y - y.detach() rounds."""
+    return ~((weights.abs() <= ROUNDING) | ((weights - 1).abs() <= ROUNDING)).all(1)
 
 
 def one_hot(choice: Tensor, num_branches: int) -> Tensor:

@@ -57,20 +57,29 @@ class Settings(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether decisions are sampled now."""
+        if self.noise is None:
+            return False
+        if self.gate_returns == "weights":
+            raise ValueError(
+                f"{type(self).__name__}: noise must be None where gate_returns='weights': such a "
+                f"gate draws its own; got {self.noise!r}"
+            )
         return self.noise == "gumbel_always" or (self.noise == "gumbel" and self.training)
 
     def learns(self, logits: Tensor) -> bool:
         """Whether the gate that gave these logits gets a gradient."""
         learns = self.gate_grad != "none" and autograd.is_followed(logits)
-        if learns and not self.looked_at and self.training and not torch.compiler.is_compiling():
-            self._look_at(logits.detach())
+        if learns and not self.looked_at:
+            self.look_at(logits.detach())
         return learns
 
-    def _look_at(self, logits: Tensor) -> None:
+    def look_at(self, logits: Tensor) -> None:
         """Warns, the first time that a gate learns, where its gradient would be another one."""
+        if not self.training or torch.compiler.is_compiling():
+            return
         self.looked_at = True
-        soft = self.gate_returns == "logits" and getattr(self, "select", 1) != "multi_hot"
-        if not (soft and logits.numel() and (logits >= 0).all()):
+        softmax = self.gate_returns == "logits" and getattr(self, "select", 1) != "multi_hot"
+        if not (softmax and logits.numel() and (logits >= 0).all()):
             return
         if ((logits.sum(1) - 1).abs() < 1e-3).all():
             warnings.warn(

@@ -149,12 +149,12 @@ class RoutedFusion(Settings):
         rule = self.rule
         if self.draws:
             rule, logits = rule.draw(logits, generator)
+        learns = self.learns(logits)
         if self.execution == "dense":
             checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
             return Decision(rule, probs=rule.probs(logits, self.temperature))
         choice, plan = rule.decide(logits, self)
         checks.check_faults(logits, plan, wanted=rule.wanted)
-        learns = self.learns(logits)
         if not (learns or reports or self.select != 1):
             return Decision(rule, choice, plan)
         probs = rule.probs(logits, self.temperature)

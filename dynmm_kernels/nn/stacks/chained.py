@@ -313,9 +313,10 @@ class ChainedFusion(StackFusion):
         """[N]: the weight of keeping."""
         choice = rule.choose(logits)
         checks.check_defined(logits, choice < 0, gate.label, rule.wanted)
+        learns = self.learns(logits)
         if self.execution == "dense":
             return rule.probs(logits, self.temperature)[:, 1]
-        return self._kept(rule, choice, logits) if self.learns(logits) else choice.to(logits.dtype)
+        return self._kept(rule, choice, logits) if learns else choice.to(logits.dtype)
 
     def _kept(self, rule: Rule, choice: Tensor, logits: Tensor) -> Tensor:
         """[n]: 1 for those that the gate keeps, else 0, with its gradient."""

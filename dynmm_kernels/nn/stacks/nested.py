@@ -87,6 +87,7 @@ class NestedFusion(StackFusion):
         num_depths, gate = len(current.cells) + 1, part(self, "gate")
         rule, logits = self._ask(gate, *current.inputs, num_depths, current)
         current.gate_cost = gate.cost or 0.0
+        learns = self.learns(logits)
         if self.execution == "dense":
             checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
             current.decision = Decision(rule, probs=rule.probs(logits, self.temperature))
@@ -95,7 +96,6 @@ class NestedFusion(StackFusion):
         depth = rule.choose(logits)
         plan = sorting.route_descending(depth, num_depths)
         checks.check_faults(logits, plan, wanted=rule.wanted)
-        learns = self.learns(logits)
         reads = learns or current.reports
         probs = rule.probs(logits, self.temperature) if reads else None
         grad = self.gate_grad if learns else None
