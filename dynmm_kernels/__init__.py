@@ -7,8 +7,10 @@ from .nn import (
     ChainedFusion,
     DepthRouting,
     NestedFusion,
+    QualityHistory,
     RoutedFusion,
     Routing,
+    quality_rank_loss,
     resource_loss,
 )
 from .ops import backend
@@ -20,6 +22,7 @@ __all__ = [
     "DepthRouting",
     "Lazy",
     "NestedFusion",
+    "QualityHistory",
     "RoutedFusion",
     "Routing",
     "RoutingPlan",
@@ -29,6 +32,7 @@ __all__ = [
     "branch_costs",
     "combine",
     "gather",
+    "quality_rank_loss",
     "resource_loss",
     "route",
 ]

@@ -3,6 +3,7 @@
 from .branch import Branch
 from .gates import ConfidenceGate, exponential_temperature
 from .losses import resource_loss
+from .quality import QualityHistory, quality_rank_loss
 from .routed.fusion import RoutedFusion
 from .routing import DepthRouting, Routing
 from .stacks.chained import ChainedFusion
@@ -18,11 +19,13 @@ __all__ = [
     "ConfidenceGate",
     "DepthRouting",
     "NestedFusion",
+    "QualityHistory",
     "RoutedFusion",
     "Routing",
     "SEAdd",
     "Usage",
     "WeightedSum",
     "exponential_temperature",
+    "quality_rank_loss",
     "resource_loss",
 ]
