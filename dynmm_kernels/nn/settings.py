@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "gates_read": ("cells", "stages"),
     "gate_returns": ("logits", "probabilities", "weights"),
 }
+
+
+# Fusions whose gate was seen to learn, so that each is warned about once.
+_looked_at: WeakSet[Settings] = WeakSet()
 
 
 class Settings(nn.Module):
@@ -40,7 +45,6 @@ class Settings(nn.Module):
         self.noise = noise
         self.batch_norm = batch_norm
         self.gate_returns = gate_returns
-        self.looked_at = False  # whether logits that are probabilities would have been found out
 
     def __setattr__(self, name: str, value: Any) -> None:
         label = type(self).__name__
@@ -69,15 +73,15 @@ class Settings(nn.Module):
     def learns(self, logits: Tensor) -> bool:
         """Whether the gate that gave these logits gets a gradient."""
         learns = self.gate_grad != "none" and autograd.is_followed(logits)
-        if learns and not self.looked_at:
-            self.look_at(logits.detach())
+        if learns and not torch.compiler.is_compiling() and self not in _looked_at:
+            self._look_at(logits.detach())
         return learns
 
-    def look_at(self, logits: Tensor) -> None:
+    def _look_at(self, logits: Tensor) -> None:
         """Warns, the first time that a gate learns, where its gradient would be another one."""
-        if not self.training or torch.compiler.is_compiling():
+        if not self.training:
             return
-        self.looked_at = True
+        _looked_at.add(self)
         softmax = self.gate_returns == "logits" and getattr(self, "select", 1) != "multi_hot"
         if not (softmax and logits.numel() and (logits >= 0).all()):
             return
