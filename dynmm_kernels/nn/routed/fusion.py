@@ -106,7 +106,7 @@ class RoutedFusion(Settings):
                 dicts. `Shared` and `Lazy` mark what is not gathered, or only fetched when needed.
             choice: forces a hard decision, in any mode, and the gate is not run. An int: that
                 branch for all. A LongTensor [N]: one per sample, -1 for none (zero output). A bool
-                tensor [N, B], such as which modalities are there: every branch that is True, summed.
+                tensor [N, B]: every branch that is True, summed, such as the modalities there are.
                 "random": each equally likely (DynMM's Stage I). "uniform": the mean of all.
             return_routing: also return the `Routing`.
             generator: for the gate noise, and for random choices.
