@@ -164,7 +164,7 @@ def forced_mask(
 ) -> Tensor:
     """A forced decision, bool [N, B], after checking that it is one of N samples."""
     _check_device(choice, name, device)
-    rows = choice.shape[0] if num_rows is None and choice.ndim else num_rows
+    rows = len(choice) if num_rows is None else num_rows
     if list(choice.shape) != [rows, num_choices]:
         raise ValueError(
             f"{name} must have shape [N, B] = {[rows, num_choices]} where it is bool; got "

@@ -181,7 +181,7 @@ def _obey(
 ) -> Decision:
     """A forced decision."""
     size, device = batch.num_rows, batch.device
-    if isinstance(choice, Tensor) and choice.dtype == torch.bool:
+    if isinstance(choice, Tensor) and choice.dtype == torch.bool and choice.ndim == 2:
         several = forced_mask(choice, "choice", num_branches, size, device)
         return Decision(MULTI_HOT, several, sorting.route(several, num_branches))
     if isinstance(choice, str) and choice == "uniform":
