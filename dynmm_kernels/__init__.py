@@ -4,12 +4,14 @@ from .functional import Lazy, RoutingPlan, Shared, combine, gather, route
 from .measure.costs import branch_costs
 from .nn import (
     Branch,
+    CascadeFusion,
     ChainedFusion,
     DepthRouting,
     NestedFusion,
     QualityHistory,
     RoutedFusion,
     Routing,
+    deep_supervision_loss,
     quality_rank_loss,
     resource_loss,
 )
@@ -18,6 +20,7 @@ from .version import __version__
 
 __all__ = [
     "Branch",
+    "CascadeFusion",
     "ChainedFusion",
     "DepthRouting",
     "Lazy",
@@ -31,6 +34,7 @@ __all__ = [
     "backend",
     "branch_costs",
     "combine",
+    "deep_supervision_loss",
     "gather",
     "quality_rank_loss",
     "resource_loss",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -84,6 +87,16 @@ def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> Rou
     return RoutingPlan(order, inverse, header, num_branches)
 
 
+def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
+    """The plan of int64 [N] whose rows per branch the host knows already: nothing waits for them.
+
+    Every sample must have a branch.
+    """
+    order, inverse, header = ops.serving().route(selection, len(counts))
+    starts = [0, *itertools.accumulate(counts)]
+    return RoutingPlan(order, inverse, header, len(counts), [*starts, 0, -1])
+
+
 def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     """The plan of all (sample, branch) that were not chosen, k = B.
 
@@ -135,13 +148,18 @@ def check_levels(plan: RoutingPlan, level: Tensor, name: str) -> None:
 
 def permutation(order: Tensor) -> RoutingPlan:
     """The plan of one branch that takes every sample, in the order int32 [N] given."""
+    return subset(order, order.shape[0])
+
+
+def subset(order: Tensor, num_rows: int) -> RoutingPlan:
+    """The plan of one branch that takes the samples `order`, int32 [n], of `num_rows`."""
     size = order.shape[0]
     slots = torch.arange(size, dtype=torch.int32, device=order.device)
-    inverse = torch.empty_like(order).scatter_(0, order.long(), slots)
+    inverse = order.new_full((num_rows,), -1).scatter_(0, order.long(), slots)
     header = order.new_zeros(4)
     header[1].fill_(size)
     header[3].fill_(-1)
-    return RoutingPlan(order, inverse.view(size, 1), header, 1, [0, size, 0, -1])
+    return RoutingPlan(order, inverse.view(num_rows, 1), header, 1, [0, size, 0, -1])
 
 
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:

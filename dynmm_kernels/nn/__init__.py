@@ -1,6 +1,8 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
+from .cascade.fusion import CascadeFusion
+from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .gates import ConfidenceGate, exponential_temperature
 from .losses import resource_loss
 from .quality import QualityHistory, quality_rank_loss
@@ -14,6 +16,8 @@ from .usage import Usage
 __all__ = [
     "Add",
     "Branch",
+    "CascadeFusion",
+    "CascadeRouting",
     "ChainedFusion",
     "Concat",
     "ConfidenceGate",
@@ -25,6 +29,7 @@ __all__ = [
     "SEAdd",
     "Usage",
     "WeightedSum",
+    "deep_supervision_loss",
     "exponential_temperature",
     "quality_rank_loss",
     "resource_loss",
