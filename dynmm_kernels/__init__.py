@@ -1,6 +1,6 @@
 """Sparse batched routing for dynamic multimodal fusion: run only the branches a sample needs."""
 
-from .functional import Lazy, RoutingPlan, Shared, combine, gather, route
+from .functional import Lazy, RoutingPlan, Shared, combine, energy_fuse, gather, route
 from .measure.costs import branch_costs
 from .nn import (
     Branch,
@@ -35,6 +35,7 @@ __all__ = [
     "branch_costs",
     "combine",
     "deep_supervision_loss",
+    "energy_fuse",
     "gather",
     "quality_rank_loss",
     "resource_loss",

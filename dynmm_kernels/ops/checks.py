@@ -15,6 +15,8 @@ from torch import Tensor
 MAX_BRANCHES = 2**20
 MAX_ENTRIES = 2**31 - 2
 MAX_SLOTS = 2**31 - 1
+MAX_MODALITIES = 8
+ENERGY, SOFTMAX, UNIFORM, GIVEN = range(4)  # where the weights of energy_fuse come from
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHTED = (*FLOATING, torch.complex64, torch.complex128)
@@ -158,6 +160,84 @@ def se_add_grads(
         _refuse(op, f"main_scale must have at most {rows}; got {_told(main_scale)}")
 
 
+def energy_fuse(
+    logits: Sequence[Tensor],
+    targets: Tensor | None,
+    present: Tensor | None,
+    weights: Tensor | None,
+    weighting: int,
+) -> None:
+    _energies("energy_fuse", logits, targets, present, weights, weighting)
+
+
+def energy_fuse_grads(
+    logits: Sequence[Tensor],
+    targets: Tensor | None,
+    present: Tensor | None,
+    weights: Tensor | None,
+    weighting: int,
+    energies: Tensor,
+    grad_fused: Tensor | None,
+    grad_confidence: Tensor | None,
+    grad_losses: Tensor | None,
+) -> None:
+    op = "energy_fuse_grads"
+    _energies(op, logits, targets, present, weights, weighting)
+    first, grads = logits[0], (energies, grad_fused, grad_confidence, grad_losses)
+    _together(op, "logits 0", first, *(grad for grad in grads if grad is not None))
+    rows, modalities, dtype = first.shape[0], len(logits), weight_dtype(first.dtype)
+    _is(op, "energies", energies, dtype, [rows, modalities + 1])
+    if grad_fused is not None:
+        _is(op, "grad_fused", grad_fused, first.dtype, first.shape)
+    if grad_confidence is not None:
+        _is(op, "grad_confidence", grad_confidence, dtype, [rows, modalities])
+    if grad_losses is not None:
+        if targets is None:
+            _refuse(op, "grad_losses must come with targets; got none")
+        _is(op, "grad_losses", grad_losses, dtype, [rows, modalities + 1])
+
+
+def _energies(
+    op: str,
+    logits: Sequence[Tensor],
+    targets: Tensor | None,
+    present: Tensor | None,
+    weights: Tensor | None,
+    weighting: int,
+) -> None:
+    modalities = len(logits)
+    if not 1 <= modalities <= MAX_MODALITIES:
+        _refuse(op, f"wanted the logits of 1..{MAX_MODALITIES} modalities; got {modalities}")
+    others = (other for other in (targets, present, weights) if other is not None)
+    _together(op, "logits 0", *logits, *others)
+    first = logits[0]
+    if first.dtype not in FLOATING or first.ndim != 2 or first.shape[1] < 1:
+        _refuse(op, f"logits 0 must be {_A_FLOAT} [N, C>=1]; got {_told(first)}")
+    for m, other in enumerate(logits):
+        if other.dtype != first.dtype or other.shape != first.shape:
+            _refuse(op, f"logits {m} must be like logits 0, {_told(first)}; got {_told(other)}")
+    rows, classes, dtype = first.shape[0], first.shape[1], weight_dtype(first.dtype)
+    if targets is not None:
+        indices = targets.dtype == torch.int64 and list(targets.shape) == [rows]
+        labels = targets.dtype == dtype and list(targets.shape) == [rows, classes]
+        if not (indices or labels):
+            wanted = f"int64 [{rows}] or {_name(dtype)} [{rows}, {classes}]"
+            _refuse(op, f"targets must be {wanted}; got {_told(targets)}")
+    if present is not None:
+        _is(op, "present", present, torch.bool, [rows, modalities])
+    if not 0 <= weighting <= GIVEN:
+        _refuse(op, f"weighting must be in 0..{GIVEN}; got {weighting}")
+    if (weights is not None) != (weighting == GIVEN):
+        _refuse(op, f"weights must come with weighting {GIVEN}, and with no other")
+    if weights is not None:
+        _is(op, "weights", weights, dtype, [rows, modalities])
+
+
+def _is(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    if tensor.dtype != dtype or list(tensor.shape) != list(shape):
+        _refuse(op, f"{name} must be {_name(dtype)} {list(shape)}; got {_told(tensor)}")
+
+
 def _together(op: str, name: str, first: Tensor, *others: Tensor) -> None:
     """All on the device of `first`, which messages call `name`, and strided."""
     for tensor in (first, *others):
@@ -209,9 +289,7 @@ def _like(op: str, name: str, maps: Tensor, other: str, wanted: Tensor) -> None:
 
 
 def _factors(op: str, name: str, factors: Tensor, maps: Tensor, shape: Sequence[int]) -> None:
-    dtype = weight_dtype(maps.dtype)
-    if factors.dtype != dtype or factors.shape != tuple(shape):
-        _refuse(op, f"{name} must be {_name(dtype)} {list(shape)}; got {_told(factors)}")
+    _is(op, name, factors, weight_dtype(maps.dtype), shape)
 
 
 def _refuse(op: str, why: str) -> NoReturn:

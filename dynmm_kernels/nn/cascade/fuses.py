@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import movement
+from ...functional.energy import MAX_MODALITIES, energy_fuse
 from ..branch import Branch, as_branch, in_place_of
 
 Fuse = str | Branch
@@ -50,10 +51,10 @@ def fuse_logits(fuse: Fuse, logits: Sequence[Tensor]) -> Tensor:
 
 
 def _energy(logits: Sequence[Tensor]) -> Tensor:
-    """sum_m 0.1 * logsumexp(x_m) * x_m (QMF)."""
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-    weighted = [0.1 * x.logsumexp(1, keepdim=True) * x for x in wide]
-    return torch.stack(weighted).sum(0).to(logits[0].dtype)
+    """sum_m 0.1 * logsumexp(x_m) * x_m (QMF), of any number of modalities."""
+    groups = [logits[m : m + MAX_MODALITIES] for m in range(0, len(logits), MAX_MODALITIES)]
+    first, *others = [energy_fuse(group).fused for group in groups]
+    return sum(others, first)
 
 
 def _ask(fuse: Branch, logits: Sequence[Tensor]) -> Tensor:

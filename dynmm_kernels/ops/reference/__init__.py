@@ -6,7 +6,7 @@ rank in ascending order. What an op cannot take is refused by `checks`.
 
 from ..schemas import OPS
 
-from . import sorting, movement, maps  # isort: skip  # noqa: F401  (the order of OPS)
+from . import sorting, movement, maps, energy  # isort: skip  # noqa: F401  (the order of OPS)
 from .layouts import empty_maps, empty_rows
 
 __all__ = ["empty_maps", "empty_rows", *OPS]
