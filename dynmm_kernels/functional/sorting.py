@@ -148,18 +148,13 @@ def check_levels(plan: RoutingPlan, level: Tensor, name: str) -> None:
 
 def permutation(order: Tensor) -> RoutingPlan:
     """The plan of one branch that takes every sample, in the order int32 [N] given."""
-    return subset(order, order.shape[0])
-
-
-def subset(order: Tensor, num_rows: int) -> RoutingPlan:
-    """The plan of one branch that takes the samples `order`, int32 [n], of `num_rows`."""
     size = order.shape[0]
     slots = torch.arange(size, dtype=torch.int32, device=order.device)
-    inverse = order.new_full((num_rows,), -1).scatter_(0, order.long(), slots)
+    inverse = torch.empty_like(order).scatter_(0, order.long(), slots)
     header = order.new_zeros(4)
     header[1].fill_(size)
     header[3].fill_(-1)
-    return RoutingPlan(order, inverse.view(num_rows, 1), header, 1, [0, size, 0, -1])
+    return RoutingPlan(order, inverse.view(size, 1), header, 1, [0, size, 0, -1])
 
 
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:

@@ -98,123 +98,150 @@ def _decide(cascade: Cascade, exits: Sequence[Tensor]) -> Decision:
 
 
 class Survivors:
-    """The samples of a batch that no stage has let go yet."""
+    """The samples of a batch that no stage has let go yet.
 
-    __slots__ = ("batch", "plan", "rows")
+    Attributes:
+        plan, branch: where they are listed, in ascending order; no plan: all are there.
+    """
+
+    __slots__ = ("batch", "branch", "plan")
 
     def __init__(self, batch: Arguments) -> None:
         self.batch = batch
-        self.rows: Tensor | None = None  # int32, ascending; None: all
         self.plan: RoutingPlan | None = None
+        self.branch = 0
 
     def run(self, stage: Branch) -> Any:
         """What the stage returns for them, having been given nobody else."""
         if self.plan is None:
             return stage.call_whole(self.batch, self.batch.num_rows)
         own = stage.arguments(self.batch)
-        return stage.call(gather_arguments(self.plan, [0], [own], [stage.in_place]).pop())
+        return stage.call(gather_arguments(self.plan, [self.branch], [own], [stage.in_place]).pop())
 
-    def keep(self, order: Tensor, num_rows: int) -> None:
-        """Only these of them stay."""
-        self.rows = order if self.rows is None else self.rows.index_select(0, order)
-        self.plan = sorting.subset(self.rows, num_rows)
+    @property
+    def rows(self) -> Tensor | None:
+        """int32 [n]: which they are; None: all."""
+        if self.plan is None:
+            return None
+        starts = self.plan.host_header
+        return self.plan.order[starts[self.branch] : starts[self.branch + 1]]
 
 
 class Routed:
     """Each stage on the samples that no earlier one let go; there is at least one sample.
 
+    After stage s a sample is of level s where it leaves, and of level s + 1 where it goes on.
+
     Attributes:
         forced: where samples must leave, if that is decided already.
+        level: int64 [N], of every sample after the last stage that let somebody go.
+        counts: samples of each level.
         so_far: logits of the survivors, of each stage so far that is still to be fused.
         left: fused logits of those who left, by stage.
-        choice: int64 [N], the stage that each sample left after, or has come to.
+        rows_run: rows of each stage so far.
+        first: what the first stage returned.
     """
 
-    __slots__ = ("batch", "cascade", "choice", "first", "forced", "left", "live", "ran", "so_far")
+    __slots__ = (
+        "batch",
+        "cascade",
+        "counts",
+        "first",
+        "forced",
+        "left",
+        "level",
+        "live",
+        "rows_run",
+        "so_far",
+    )
 
-    choice: Tensor
+    level: Tensor
 
     def __init__(self, cascade: Cascade, batch: Arguments, forced: Decision | None) -> None:
         self.cascade = cascade
         self.batch = batch
         self.forced = forced
         self.live = Survivors(batch)
+        self.counts = [0] * len(cascade.stages)
         self.so_far: list[Tensor] = []
         self.left: dict[int, Tensor] = {}
-        self.ran: list[int] = []  # rows of each stage
+        self.rows_run: list[int] = []
         self.first: Logits | None = None
 
     def run(self) -> Outcome:
         last = len(self.cascade.stages) - 1
-        for s in range(last):
+        for s in range(last + 1):
             fused = self._run_stage(s)
-            count, plan = self._split(s, fused)
-            if count == self.ran[s]:
+            plan = None
+            if s < last:
+                plan = self._decide(s, fused) if self.forced is None else self._obey(s)
+            if self.counts[s] == self.rows_run[s]:
                 self.left[s] = fused
                 break
-            if count and plan is not None:
-                self.left[s] = self._let_go(plan, count, fused)
-            if self.forced is None:
-                self._move_on(s + 1)
-        else:
-            self.left[last] = self._run_stage(last)
+            if self.counts[s] and plan is not None:
+                self.left[s] = self._let_go(s, plan, fused)
         return self._report()
 
     def _run_stage(self, s: int) -> Tensor:
         """The fused logits [n, C] of the survivors."""
         stage, fuse = self.cascade.stages[s], self.cascade.fuse
-        wanted = self.ran[-1] - len(self.left.get(s - 1, ())) if s else self.batch.num_rows
         logits = self.live.run(stage)
+        wanted = self.counts[s] if s else self.batch.num_rows
         self.first = check_stage(logits, stage, wanted, self.batch.device, self.first)
-        self.ran.append(logits.shape[0])
-        if s == 0 and self.forced is None:
-            self.choice = torch.zeros(self.ran[0], dtype=torch.int64, device=logits.device)
+        self.counts[s] = logits.shape[0]
+        self.rows_run.append(logits.shape[0])
         if fuse == "last":
             return logits
         self.so_far.append(logits)
         return fuse_logits(fuse, self.so_far)
 
-    def _split(self, s: int, fused: Tensor) -> tuple[int, RoutingPlan | None]:
-        """How many leave, and the plan of two branches: who leaves, who stays."""
-        size, rows = self.ran[s], self.live.rows
-        if self.forced is not None:
-            exit, plan = self.forced.choice, self.forced.plan
-            assert exit is not None
-            assert plan is not None
-            count = plan.counts[s]
-            if count in (0, size):
-                return count, None
-            own = exit if rows is None else exit.index_select(0, rows)
-            return count, sorting.route_counted((own > s).long(), (count, size - count))
-        scores = measure(self.cascade.score, fused)
-        stays = (scores < self.cascade.thresholds[s]).long()
-        plan = sorting.route_unless(stays.unsqueeze(1), scores.isnan(), 2)
+    def _decide(self, s: int, fused: Tensor) -> RoutingPlan:
+        """The survivors by their level; who scores high enough leaves."""
+        scores, rows = measure(self.cascade.score, fused), self.live.rows
+        level = torch.where(scores < self.cascade.thresholds[s], s + 1, s)
+        plan = sorting.route_unless(level.unsqueeze(1), scores.isnan(), len(self.counts))
         checks.check_faults(scores, plan, self.cascade.stages[s].label, rows, DEFINED)
-        return plan.counts[0], plan
+        self.counts[s : s + 2] = plan.counts[s : s + 2]
+        if rows is None:
+            self.level = level
+        else:
+            self.level.scatter_(0, rows.long(), level)
+        return plan
 
-    def _let_go(self, plan: RoutingPlan, count: int, fused: Tensor) -> Tensor:
-        """The fused logits of the first `count` slots; the others go on."""
-        kept, size = len(self.so_far), plan.num_rows
-        starts, stops = [0, *[count] * kept], [count, *[size] * kept]
+    def _obey(self, s: int) -> RoutingPlan | None:
+        """As `_decide`, by force; None where nobody leaves or nobody stays."""
+        decision, rows = self.forced, self.live.rows
+        assert decision is not None
+        assert decision.choice is not None
+        assert decision.plan is not None
+        leave, size = decision.plan.counts[s], self.rows_run[s]
+        self.counts[s : s + 2] = leave, size - leave
+        if leave in (0, size):
+            return None
+        self.level = decision.choice.clamp_max(s + 1)
+        level = self.level if rows is None else self.level.index_select(0, rows)
+        counts = [0] * len(self.counts)
+        counts[s : s + 2] = self.counts[s : s + 2]
+        return sorting.route_counted(level, counts)
+
+    def _let_go(self, s: int, plan: RoutingPlan, fused: Tensor) -> Tensor:
+        """The fused logits of those who leave; the others go on."""
+        kept, size, leave = len(self.so_far), plan.num_rows, self.counts[s]
+        starts, stops = [0, *[leave] * kept], [leave, *[size] * kept]
         sources = [fused, *self.so_far]
         left, *self.so_far = movement.gather_slots(plan, sources, range(kept + 1), starts, stops)
-        self.live.keep(plan.order[count:], self.ran[0])
+        everybody = self.live.plan is None
+        self.live.plan = plan if everybody else sorting.route_counted(self.level, self.counts)
+        self.live.branch = s + 1
         return left
 
-    def _move_on(self, s: int) -> None:
-        rows = self.live.rows
-        if rows is None:
-            self.choice.fill_(s)
-        else:
-            self.choice.index_fill_(0, rows.long(), s)
-
     def _report(self) -> Outcome:
-        stages, left, ran = self.cascade.stages, self.left, len(self.ran)
-        decision = self.forced
+        stages, left, ran = self.cascade.stages, self.left, len(self.rows_run)
+        decision, plan = self.forced, self.live.plan
         if decision is None:
-            counts = [len(left.get(s, ())) for s in range(len(stages))]
-            plan = sorting.route_counted(self.choice, counts)
-            decision = Decision(TOP_ONE, self.choice, plan)
+            if plan is None or [*plan.counts] != self.counts:
+                plan = sorting.route_counted(self.level, self.counts)
+            decision = Decision(TOP_ONE, self.level, plan)
         assert decision.plan is not None
         if len(left) == 1:
             (fused,) = left.values()
@@ -224,7 +251,7 @@ class Routed:
             output = movement.combine_rows(decision.plan, [*left.values()], starts)
         if ran < len(stages) and torch.is_grad_enabled():
             (output,) = touch_starved([output], stages[ran:], self.batch)
-        return Outcome(output, decision, (*self.ran, *[0] * (len(stages) - ran)))
+        return Outcome(output, decision, (*self.rows_run, *[0] * (len(stages) - ran)))
 
 
 class Logits(NamedTuple):
