@@ -1,6 +1,7 @@
 """CascadeFusion against a loop over samples, and what each of its stages is given."""
 
 import copy
+import doctest
 import math
 import pickle
 
@@ -11,7 +12,9 @@ from models import FEATURES, Calls, Function, assert_close, assert_same, backwar
 from torch import Tensor, nn
 
 from dynmm_kernels import Branch, CascadeFusion, Lazy, Shared, deep_supervision_loss, resource_loss
+from dynmm_kernels.functional import plan
 from dynmm_kernels.nn import CascadeRouting, Usage
+from dynmm_kernels.nn.cascade import fusion
 
 N, CLASSES, STAGES = 24, 4, 3
 NAN, INF = float("nan"), float("inf")
@@ -440,6 +443,51 @@ def test_resource_loss_is_the_cost_of_the_stages_run():
     assert float(resource_loss(routing)) == pytest.approx(routing.executed_cost)
 
 
+@pytest.fixture
+def waits(monkeypatch) -> list[int]:
+    """One entry per wait for a plan's counts, which stand in for the copy from a GPU."""
+    waited: list[int] = []
+
+    def host_copy(header):
+        return lambda: (waited.append(1), header.tolist())[1]
+
+    monkeypatch.setattr(plan, "host_copy", host_copy)
+    return waited
+
+
+def test_one_wait_per_stage_that_somebody_came_to(waits):
+    x = planned(SPLITS["mixed"])
+    with torch.no_grad():
+        for levels, count in ((SPLITS["mixed"], 2), ([2, 2], 1), ([0, 1], 2)):
+            _, routing = told()(planned(levels), return_routing=True)
+            Usage().add(routing)
+            assert sum(routing.counts) == len(levels)
+            assert len(waits) == count
+            waits.clear()
+        told()(x, exit=torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+        assert len(waits) == 1
+        waits.clear()
+    told().train()(x, return_routing=True)
+    assert not waits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_on_a_gpu():
+    cascade, x = cascade_of(networks(), threshold=0.4, fuse="mean"), three_inputs()
+    exits = torch.arange(N) % STAGES
+    with torch.no_grad():
+        expected = cascade(*x), cascade(*x, exit=exits)
+        cascade.cuda()
+        moved, exits = [part.cuda() for part in x], exits.cuda()
+        cascade(*moved)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = cascade(*moved), cascade(*moved, exit=exits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert_close([part.cpu() for part in actual], [*expected])
+
+
 # Training
 
 
@@ -619,6 +667,27 @@ def test_a_score_with_parameters_gets_no_gradient():
     assert all(p.grad is None for p in cascade.score.parameters())
 
 
+@pytest.mark.parametrize("fuse", ["energy", "mean", "last"])
+def test_derivatives_of_second_order_and_forward(fuse):
+    cascade = cascade_of(networks(), fuse=fuse)
+    x = [samples(6).requires_grad_() for _ in range(STAGES)]
+
+    def call(*x):
+        return cascade(*x, exit=torch.arange(6) % STAGES)
+
+    assert torch.autograd.gradcheck(call, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, x)
+
+
+def test_compiled():
+    cascade = CascadeFusion(networks(), threshold=0.4, fuse="mean").eval()
+    compiled = torch.compile(cascade, backend="eager")
+    with torch.no_grad():
+        for n in (20, 13, 7):
+            x = samples(n)
+            assert_close(compiled(x), cascade(x))
+
+
 def test_more_stages_than_one_call_fuses():
     cascade = CascadeFusion([nn.Identity()] * 10, threshold=INF).eval()
     x = samples(5)
@@ -635,6 +704,11 @@ def test_autocast_may_end_in_different_dtypes():
             output = cascade(x, exit=torch.arange(N) % 2)
             assert output.dtype is torch.float32
             assert torch.equal(output[1::2], x[1::2, :CLASSES])
+
+
+def test_the_example_of_the_docstring():
+    assert doctest.testmod(fusion).attempted
+    assert not doctest.testmod(fusion).failed
 
 
 # Bad input
