@@ -4,6 +4,7 @@ from .functional import Lazy, RoutingPlan, Shared, combine, energy_fuse, gather,
 from .measure.costs import branch_costs
 from .nn import (
     Branch,
+    CascadeFusion,
     ChainedFusion,
     DepthRouting,
     EnergyFusion,
@@ -12,6 +13,7 @@ from .nn import (
     RoutedFusion,
     Routing,
     collate_modalities,
+    deep_supervision_loss,
     quality_rank_loss,
     resource_loss,
 )
@@ -20,6 +22,7 @@ from .version import __version__
 
 __all__ = [
     "Branch",
+    "CascadeFusion",
     "ChainedFusion",
     "DepthRouting",
     "EnergyFusion",
@@ -35,6 +38,7 @@ __all__ = [
     "branch_costs",
     "collate_modalities",
     "combine",
+    "deep_supervision_loss",
     "energy_fuse",
     "gather",
     "quality_rank_loss",

@@ -1,6 +1,8 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
+from .cascade.fusion import CascadeFusion
+from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .collate import Collated, collate_modalities
 from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
@@ -16,6 +18,8 @@ from .usage import Usage
 __all__ = [
     "Add",
     "Branch",
+    "CascadeFusion",
+    "CascadeRouting",
     "ChainedFusion",
     "Collated",
     "Concat",
@@ -31,6 +35,7 @@ __all__ = [
     "Usage",
     "WeightedSum",
     "collate_modalities",
+    "deep_supervision_loss",
     "exponential_temperature",
     "quality_rank_loss",
     "resource_loss",

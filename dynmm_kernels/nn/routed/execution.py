@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,21 +151,28 @@ class Routed:
         return combined, spec
 
     def _touch_starved(self, combined: list[Any]) -> list[Any]:
-        """Parameters and inputs of branches nobody chose get zero gradients, as when masked.
-
-        With the exact gradient of the gate even these zeros depend on its probabilities.
-        """
+        """With the exact gradient of the gate even the zeros depend on its probabilities."""
         starved = [branch for b, branch in enumerate(self.branches) if b not in self.own]
-        tensors = [tensor for branch in starved for tensor in branch.read_from(self.batch)]
-        sparse = {
-            id(part.weight)
-            for branch in starved
-            for part in branch.modules()
-            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
-        }
         probs = self.decision.probs
         hidden = (lambda: [probs]) if self.decision.exact and probs is not None else None
-        return movement.touch(combined, tensors, hidden, sparse)
+        return touch_starved(combined, starved, self.batch, hidden)
+
+
+def touch_starved(
+    combined: list[Any],
+    starved: Sequence[Branch],
+    batch: Arguments,
+    hidden: Callable[[], Sequence[Tensor]] | None = None,
+) -> list[Any]:
+    """Parameters and inputs of branches nobody chose get zero gradients, as when masked."""
+    tensors = [tensor for branch in starved for tensor in branch.read_from(batch)]
+    sparse = {
+        id(part.weight)
+        for branch in starved
+        for part in branch.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
+    }
+    return movement.touch(combined, tensors, hidden, sparse)
 
 
 def run_rows(
