@@ -2,7 +2,7 @@
 
 from .branch import Branch
 from .gates import ConfidenceGate, exponential_temperature
-from .losses import resource_loss
+from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
 from .routed.fusion import RoutedFusion
 from .routing import DepthRouting, Routing
@@ -25,6 +25,8 @@ __all__ = [
     "SEAdd",
     "Usage",
     "WeightedSum",
+    "balance_loss",
+    "entropy_loss",
     "exponential_temperature",
     "quality_rank_loss",
     "resource_loss",
