@@ -6,7 +6,7 @@ from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .collate import Collated, collate_modalities
 from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
-from .losses import resource_loss
+from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
 from .routed.fusion import RoutedFusion
 from .routing import DepthRouting, Routing
@@ -34,8 +34,10 @@ __all__ = [
     "SEAdd",
     "Usage",
     "WeightedSum",
+    "balance_loss",
     "collate_modalities",
     "deep_supervision_loss",
+    "entropy_loss",
     "exponential_temperature",
     "quality_rank_loss",
     "resource_loss",

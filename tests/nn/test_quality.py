@@ -115,6 +115,24 @@ def test_state_dict_and_copies():
     assert [*nn.ModuleList([history]).state_dict()] == ["0.total"]
 
 
+def test_a_tensor_of_any_layout_may_be_assigned():
+    rows = torch.rand(200, 2)
+    history = QualityHistory(200, 2)
+    history.load_state_dict({"total": rows}, assign=True)
+    history.update(torch.tensor([0, 199]), torch.tensor([[-9.0, 9.0], [9.0, -9.0]]))
+    assert torch.equal(history.lowest.amin(1), rows.amin(0))
+    assert torch.equal(history.highest.amax(1), rows.amax(0))
+
+
+def test_order_survives_a_confidence_in_half_precision():
+    """A gap that fp16 rounds to 0 still has a sign."""
+    history = QualityHistory(3, 1)
+    history.update(torch.arange(3), torch.tensor([[0.0], [1e-6], [1e3]]))
+    confidence = torch.tensor([[1.0], [5.0]], dtype=torch.float16)
+    # Sample 1 is poorer than sample 0, and surer: both orders of the pair cost the difference.
+    assert quality_rank_loss(confidence, torch.arange(2), history).tolist() == [4]
+
+
 def test_the_history_gets_no_gradient():
     history = QualityHistory(4, 1)
     history.update(torch.arange(4), torch.rand(4, 1, requires_grad=True))
