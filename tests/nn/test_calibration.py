@@ -486,7 +486,8 @@ def test_a_cascade(risk):
     assert [fusion.training, *(stage.training for stage in fusion.stages)] == [True, True, False]
     assert fusion.threshold == fusion.thresholds == found.thresholds
     assert found.n == 500
-    assert "at least 0.9" in found.guarantee and "at most 10 %" in found.guarantee
+    assert "at least 0.9" in found.guarantee
+    assert "at most 10 %" in found.guarantee
     assert found.leaving[0] > 0.4
     assert found.chosen.cost == pytest.approx(10 - 9 * found.leaving[0])
     inputs, targets = samples(20_000)
