@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -82,6 +85,16 @@ def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> Rou
     selection = torch.where(undefined.unsqueeze(1), -2, selection)
     order, inverse, header = ops.kernels().route(selection, num_branches)
     return RoutingPlan(order, inverse, header, num_branches)
+
+
+def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
+    """The plan of int64 [N] whose rows per branch the host knows already: nothing waits for them.
+
+    Every sample must have a branch.
+    """
+    order, inverse, header = ops.serving().route(selection, len(counts))
+    starts = [0, *itertools.accumulate(counts)]
+    return RoutingPlan(order, inverse, header, len(counts), [*starts, 0, -1])
 
 
 def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
