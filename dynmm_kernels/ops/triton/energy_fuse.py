@@ -15,6 +15,7 @@ from .energy_rows import (
     absorb,
     dense,
     divide,
+    grown,
     held_rows,
     logsumexp,
     name_class,
@@ -25,6 +26,7 @@ from .energy_rows import (
     read_any,
     row_of,
     shape_of,
+    span,
     spans,
     weigh,
     weighed,
@@ -43,7 +45,7 @@ def binary_entropy(x, label):
 
 @triton.jit
 def take_in(state, x, label, inside, ENERGY: tl.constexpr):
-    """A block more of a row: for its logsumexp (ENERGY), and where there are labels for its loss."""
+    """A block more of a row: of its logsumexp (ENERGY) and, where there are labels, its loss."""
     high, total, loss = state
     x = x.to(loss.dtype)
     if ENERGY:
@@ -93,11 +95,11 @@ def fuse_tile(
         label = read_any(labels, unit, classes, mine)
     held, rows, blocks, energy, scaled = (), (), (), (), ()
     for m in tl.static_range(MODALITIES):
-        held += (held_rows(present, n, num_rows, m, MODALITIES),)
-        rows += (row_of(logits, strides, n, m, STEP),)
+        held = grown(held, held_rows(present, n, num_rows, m, MODALITIES))
+        rows = grown(rows, row_of(logits, strides, n, m, STEP))
         state = nothing
         if HELD:
-            blocks += (read(rows[m], unit, classes, held[m]),)
+            blocks = grown(blocks, read(rows[m], unit, classes, held[m]))
             state = take_in(state, blocks[m], label, unit < classes, True)
         else:
             first = classes * 0
@@ -108,8 +110,8 @@ def fuse_tile(
                 state = take_in(state, x, y, at < classes, True)
                 first += UNITS
         high, total, loss = state
-        energy += (tl.where(held[m], logsumexp(high, total), 0.0),)
-        scaled += (tl.full([ROWS, 1], scale, SUM) * energy[m],)
+        energy = grown(energy, tl.where(held[m], logsumexp(high, total), 0.0))
+        scaled = grown(scaled, tl.full([ROWS, 1], scale, SUM) * energy[m])
         tl.store(energies + each + m, energy[m], mask=mine)
         tl.store(confidence + n * MODALITIES + m, scaled[m], mask=mine)
         if labels is not None:
@@ -138,7 +140,7 @@ def fuse_tile(
         index, named = name_class(targets, n, num_rows, classes)
         chosen = ()
         for m in tl.static_range(MODALITIES):
-            chosen += (tl.load(rows[m] + index, mask=held[m] & named, other=0),)
+            chosen = grown(chosen, tl.load(rows[m] + index, mask=held[m] & named, other=0))
             own = tl.where(named, energy[m] - chosen[m].to(SUM), float("nan"))
             own = tl.where(held[m], own, 0.0)
             tl.store(losses + each + m, own, mask=mine)
@@ -182,7 +184,7 @@ def energy_fuse(
         spans(rows, step),
         indices,
         labels,
-        0 if labels is None else labels.stride(0) // step,
+        span(labels, step),
         packed(present),
         packed(weights),
         fused,

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .. import checks
 from .energy_rows import (
-    GIVEN,
     SOFTMAX,
     dense,
     divide,
+    grown,
     held_rows,
+    load_or,
     name_class,
     of_targets,
     packed,
@@ -25,6 +26,7 @@ from .energy_rows import (
     read_any,
     row_of,
     shape_of,
+    span,
     spans,
     weigh,
     weighed,
@@ -35,12 +37,8 @@ from .launch import launch
 @triton.jit
 def expected(labels, index, one, unit, classes, mine):
     """What a block is compared with: its labels, or `one` for the class that is named."""
-    if labels is not None:
-        return read(labels, unit, classes, mine)
-    elif index is not None:
-        return tl.where(unit == index, one, 0.0)
-    else:
-        return None
+    label = read_any(labels, unit, classes, mine)
+    return label if index is None else tl.where(unit == index, one, 0.0)
 
 
 @triton.jit
@@ -48,9 +46,10 @@ def slope(x, energy, label, classes, BINARY: tl.constexpr):
     """The derivative of a loss by its logits, whose logsumexp is `energy`."""
     if BINARY:
         sigmoid = divide(tl.full(x.shape, 1.0, x.dtype), 1 + tl.exp(-x))
-        return divide(sigmoid - label, classes.to(x.dtype))
+        by = divide(sigmoid - label, classes.to(x.dtype))
     else:
-        return tl.exp(x - energy) - label
+        by = tl.exp(x - energy) - label
+    return by
 
 
 @triton.jit
@@ -108,35 +107,30 @@ def grads_tile(
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     unit = tl.arange(0, UNITS)[None, :].to(classes.dtype)
     mine = n < num_rows
-    factor = tl.full([ROWS, 1], scale, SUM)
     each = n * (MODALITIES + 1)
 
     BINARY: tl.constexpr = labels is not None
-    index, one, loss, losses = None, None, None, ()
+    index, one = None, None
     if BINARY:
         labels += n * label_stride * STEP
     if targets is not None:
         index, named = name_class(targets, n, num_rows, classes)
         one = tl.where(named, 1.0, float("nan")).to(SUM)
-    if grad_losses is not None:
-        loss = tl.load(grad_losses + each + MODALITIES, mask=mine, other=0)
-    for m in tl.static_range(MODALITIES):
-        if grad_losses is not None:
-            losses += (tl.load(grad_losses + each + m, mask=mine, other=0),)
-        else:
-            losses += (None,)
     if grad_fused is not None:
         grad_fused += n * grad_stride * STEP
 
-    held, rows, blocks, energy, confidence = (), (), (), (), ()
+    zero = tl.zeros([ROWS, 1], SUM)
+    held, rows, blocks, energy, losses, confidence = (), (), (), (), (), ()
     for m in tl.static_range(MODALITIES):
-        held += (held_rows(present, n, num_rows, m, MODALITIES),)
-        rows += (row_of(logits, strides, n, m, STEP),)
-        energy += (tl.load(energies + each + m, mask=mine, other=0),)
-        confidence += (tl.full([ROWS, 1], scale, SUM) * energy[m],)
+        held = grown(held, held_rows(present, n, num_rows, m, MODALITIES))
+        rows = grown(rows, row_of(logits, strides, n, m, STEP))
+        energy = grown(energy, tl.load(energies + each + m, mask=mine, other=0))
+        losses = grown(losses, load_or(grad_losses, each + m, mine, zero))
+        confidence = grown(confidence, tl.full([ROWS, 1], scale, SUM) * energy[m])
         if HELD:
-            blocks += (read(rows[m], unit, classes, held[m]),)
+            blocks = grown(blocks, read(rows[m], unit, classes, held[m]))
     last = tl.load(energies + each + MODALITIES, mask=mine, other=0)
+    loss = load_or(grad_losses, each + MODALITIES, mine, zero)
     weights = weigh(confidence, held, given, n, WEIGHTING)
 
     dots = ()
@@ -146,11 +140,11 @@ def grads_tile(
         grad = read_any(grad_fused, unit, classes, mine)
         total = of_sum(weights, blocks, grad, loss, last, label, inside, classes, BINARY)
         for m in tl.static_range(MODALITIES):
-            dots += (tl.sum(total * blocks[m].to(SUM), 1, keep_dims=True),)
+            dots = grown(dots, tl.sum(total * blocks[m].to(SUM), 1, keep_dims=True))
     elif LIVE:
         partial = ()
-        for m in tl.static_range(MODALITIES):
-            partial += (tl.zeros([ROWS, UNITS], SUM),)
+        for _ in tl.static_range(MODALITIES):
+            partial = grown(partial, tl.zeros([ROWS, UNITS], SUM))
         first = classes * 0
         while first < classes:
             at = first + unit
@@ -160,26 +154,25 @@ def grads_tile(
             g = of_sum(weights, x, g, loss, last, y, at < classes, classes, BINARY)
             sums = ()
             for m in tl.static_range(MODALITIES):
-                sums += (partial[m] + g * x[m].to(SUM),)
+                sums = grown(sums, partial[m] + g * x[m].to(SUM))
             partial = sums
             first += UNITS
         for m in tl.static_range(MODALITIES):
-            dots += (tl.sum(partial[m], 1, keep_dims=True),)
+            dots = grown(dots, tl.sum(partial[m], 1, keep_dims=True))
 
-    changes = ()
+    changes, gains = (), ()
+    for m in tl.static_range(MODALITIES if LIVE else 0):
+        gains = grown(gains, tl.where(held[m], dots[m], 0.0))
     for m in tl.static_range(MODALITIES):
-        change = tl.zeros([ROWS, 1], SUM)
-        if grad_confidence is not None:
-            change = tl.load(grad_confidence + n * MODALITIES + m, mask=mine, other=0)
-        if LIVE:
-            dot = tl.where(held[m], dots[m], 0.0)
-            if WEIGHTING == GIVEN:
-                tl.store(of_given + n * MODALITIES + m, dot, mask=mine)
-            elif WEIGHTING == SOFTMAX:
-                change += weights[m] * (dot - weighed(weights, dots))
-            else:
-                change += dot
-        changes += (tl.full([ROWS, 1], scale, SUM) * change,)
+        change = load_or(grad_confidence, n * MODALITIES + m, mine, zero)
+        if of_given is not None:
+            tl.store(of_given + n * MODALITIES + m, gains[m], mask=mine)
+        elif LIVE and WEIGHTING == SOFTMAX:
+            change += weights[m] * (gains[m] - weighed(weights, gains))
+        elif LIVE:
+            change += gains[m]
+        changes = grown(changes, tl.full([ROWS, 1], scale, SUM) * change)
+
     first = classes * 0
     while first < classes:
         at = first + unit
@@ -221,7 +214,7 @@ def energy_fuse_grads(
         return grads, of_weights
     rows = [dense(row) for row in logits]
     indices, labels = of_targets(None if grad_losses is None else targets)
-    grad_fused = dense(grad_fused)
+    grad_fused = None if grad_fused is None else dense(grad_fused)
     shape = shape_of(len(rows), [*rows, labels, grad_fused])
     step = shape["STEP"]
     launch(
@@ -232,16 +225,16 @@ def energy_fuse_grads(
         spans(rows, step),
         indices,
         labels,
-        0 if labels is None else labels.stride(0) // step,
+        span(labels, step),
         packed(present),
         packed(weights),
         packed(energies),
         grad_fused,
-        0 if grad_fused is None else grad_fused.stride(0) // step,
+        span(grad_fused, step),
         packed(grad_confidence),
         packed(grad_losses),
         tuple(grads),
-        of_weights,
+        of_weights if weighting == checks.GIVEN else None,
         num_rows,
         classes // step,
         scale,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,9 +17,16 @@ from .. import checks
 from .configs import CLASSES, tile_for
 from .rows import laid_out_as
 
+ENERGY = tl.constexpr(checks.ENERGY)
 SOFTMAX = tl.constexpr(checks.SOFTMAX)
-UNIFORM = tl.constexpr(checks.UNIFORM)
 GIVEN = tl.constexpr(checks.GIVEN)
+
+
+@triton.jit
+def grown(items, item):
+    """A tuple of one more."""
+    items += (item,)
+    return items
 
 
 @triton.jit
@@ -33,10 +39,9 @@ def divide(a, b):
 def held_rows(present, n, num_rows, m, MODALITIES: tl.constexpr):
     """Which samples have modality m."""
     mine = n < num_rows
-    if present is None:
-        return mine
-    else:
-        return mine & tl.load(present + n * MODALITIES + m, mask=mine, other=0)
+    if present is not None:
+        mine = mine & tl.load(present + n * MODALITIES + m, mask=mine, other=0)
+    return mine
 
 
 @triton.jit
@@ -53,17 +58,19 @@ def read(row, unit, classes, held):
 def read_all(rows, unit, classes, held):
     blocks = ()
     for m in tl.static_range(len(rows)):
-        blocks += (read(rows[m], unit, classes, held[m]),)
+        blocks = grown(blocks, read(rows[m], unit, classes, held[m]))
     return blocks
 
 
 @triton.jit
 def read_any(row, unit, classes, held):
     """None where there is no row."""
-    if row is None:
-        return None
-    else:
-        return read(row, unit, classes, held)
+    return None if row is None else read(row, unit, classes, held)
+
+
+@triton.jit
+def load_or(values, at, mine, otherwise):
+    return otherwise if values is None else tl.load(values + at, mask=mine, other=0)
 
 
 @triton.jit
@@ -91,25 +98,23 @@ def weigh(confidence, held, given, n, WEIGHTING: tl.constexpr):
     """The weight of each modality, 0 where a sample does not have it."""
     MODALITIES: tl.constexpr = len(held)
     weights = ()
-    if WEIGHTING == GIVEN:
+    if WEIGHTING == ENERGY:
+        weights = confidence
+    elif WEIGHTING == GIVEN:
         for m in tl.static_range(MODALITIES):
-            weights += (tl.load(given + n * MODALITIES + m, mask=held[m], other=0),)
-    elif WEIGHTING == SOFTMAX or WEIGHTING == UNIFORM:
+            weights = grown(weights, tl.load(given + n * MODALITIES + m, mask=held[m], other=0))
+    else:
         high = tl.full(confidence[0].shape, float("-inf"), confidence[0].dtype)
         for m in tl.static_range(MODALITIES):
             high = tl.maximum(high, tl.where(held[m], confidence[m], high))
         shares = ()
         total = tl.zeros_like(high)
         for m in tl.static_range(MODALITIES):
-            share = (
-                tl.exp(confidence[m] - high) if WEIGHTING == SOFTMAX else tl.zeros_like(high) + 1
-            )
-            shares += (tl.where(held[m], share, 0.0),)
+            score = confidence[m] - high if WEIGHTING == SOFTMAX else tl.zeros_like(high)
+            shares = grown(shares, tl.where(held[m], tl.exp(score), 0.0))
             total += shares[m]
         for m in tl.static_range(MODALITIES):
-            weights += (tl.where(held[m], divide(shares[m], total), 0.0),)
-    else:
-        weights = confidence
+            weights = grown(weights, tl.where(held[m], divide(shares[m], total), 0.0))
     return weights
 
 
@@ -130,25 +135,29 @@ def name_class(targets, n, num_rows, classes):
     return tl.where(named, target, 0).to(classes.dtype), named
 
 
-def dense(rows: Tensor | None) -> Tensor | None:
+def dense(rows: Tensor) -> Tensor:
     """`rows` themselves where the numbers of each lie side by side, else a copy."""
-    return rows if rows is None else laid_out_as(rows, rows.new_empty((0, *rows.shape[1:])))
+    return laid_out_as(rows, rows.new_empty((0, *rows.shape[1:])))
 
 
 def packed(rows: Tensor | None) -> Tensor | None:
-    return rows if rows is None else rows.resolve_neg().contiguous()
+    return None if rows is None else rows.resolve_neg().contiguous()
 
 
 def of_targets(targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Classes or labels: one of them, or none."""
-    if targets is None or targets.is_floating_point():
-        return None, dense(targets)
-    return packed(targets), None
+    """Classes and labels, of which one or both are None."""
+    if targets is None:
+        return None, None
+    return (None, dense(targets)) if targets.is_floating_point() else (packed(targets), None)
 
 
 def spans(rows: Sequence[Tensor], step: int) -> tuple[int, ...]:
     """Strides for `row_of`: as odd numbers above 1, on which Triton never specialises."""
-    return tuple(2 * (row.stride(0) // step) + 3 for row in rows)
+    return tuple(2 * span(row, step) + 3 for row in rows)
+
+
+def span(rows: Tensor | None, step: int) -> int:
+    return 0 if rows is None else rows.stride(0) // step
 
 
 def shape_of(modalities: int, rows: Sequence[Tensor | None]) -> dict[str, Any]:
