@@ -135,10 +135,9 @@ def grads_tile(
 
     dots = ()
     if HELD:
-        inside = unit < classes
         label = expected(labels, index, one, unit, classes, mine)
-        grad = read_any(grad_fused, unit, classes, mine)
-        total = of_sum(weights, blocks, grad, loss, last, label, inside, classes, BINARY)
+        total = read_any(grad_fused, unit, classes, mine)
+        total = of_sum(weights, blocks, total, loss, last, label, unit < classes, classes, BINARY)
         for m in tl.static_range(MODALITIES):
             dots = grown(dots, tl.sum(total * blocks[m].to(SUM), 1, keep_dims=True))
     elif LIVE:
@@ -177,16 +176,17 @@ def grads_tile(
     while first < classes:
         at = first + unit
         if HELD:
-            x, y, g = blocks, label, total
+            x = blocks
+            y = label
+            g = total
         else:
             x = read_all(rows, at, classes, held)
             y = expected(labels, index, one, at, classes, mine)
             g = read_any(grad_fused, at, classes, mine)
             g = of_sum(weights, x, g, loss, last, y, at < classes, classes, BINARY)
         for m in tl.static_range(MODALITIES):
-            own = of_logits(
-                *(x[m], g, weights[m], changes[m], losses[m], energy[m], y, classes, BINARY)
-            )
+            w, change, e = weights[m], changes[m], energy[m]
+            own = of_logits(x[m], g, w, change, losses[m], e, y, classes, BINARY)
             own = tl.where(held[m], own, 0.0).to(x[m].dtype)
             tl.store(grads[m] + n * classes + at, own, mask=mine & (at < classes))
         first += UNITS
