@@ -23,7 +23,7 @@ from .energy_rows import (
     packed,
     read,
     read_all,
-    read_any,
+    read_or,
     row_of,
     shape_of,
     span,
@@ -44,13 +44,13 @@ def binary_entropy(x, label):
 
 
 @triton.jit
-def take_in(state, x, label, inside, ENERGY: tl.constexpr):
-    """A block more of a row: of its logsumexp (ENERGY) and, where there are labels, its loss."""
+def take_in(state, x, label, inside, ENERGY: tl.constexpr, LABELS: tl.constexpr):
+    """A block more of a row: of its logsumexp (ENERGY) and of its loss by labels (LABELS)."""
     high, total, loss = state
     x = x.to(loss.dtype)
     if ENERGY:
         high, total = absorb(x, inside, high, total)
-    if label is not None:
+    if LABELS:
         loss += tl.where(inside, binary_entropy(x, label), 0.0)
     return high, total, loss
 
@@ -90,9 +90,8 @@ def fuse_tile(
     zeros = tl.zeros([ROWS, UNITS], SUM)
     nothing = (tl.full([ROWS, 1], float("-inf"), SUM), zeros, zeros)
 
-    label = None
-    if HELD:
-        label = read_any(labels, unit, classes, mine)
+    LABELS: tl.constexpr = labels is not None
+    label = read_or(labels, unit, classes, mine, zeros) if HELD else zeros
     held, rows, blocks, energy, scaled = (), (), (), (), ()
     for m in tl.static_range(MODALITIES):
         held = grown(held, held_rows(present, n, num_rows, m, MODALITIES))
@@ -100,14 +99,14 @@ def fuse_tile(
         state = nothing
         if HELD:
             blocks = grown(blocks, read(rows[m], unit, classes, held[m]))
-            state = take_in(state, blocks[m], label, unit < classes, True)
+            state = take_in(state, blocks[m], label, unit < classes, True, LABELS)
         else:
             first = classes * 0
             while first < classes:
                 at = first + unit
                 x = read(rows[m], at, classes, held[m])
-                y = read_any(labels, at, classes, mine)
-                state = take_in(state, x, y, at < classes, True)
+                y = read_or(labels, at, classes, mine, zeros)
+                state = take_in(state, x, y, at < classes, True, LABELS)
                 first += UNITS
         high, total, loss = state
         energy = grown(energy, tl.where(held[m], logsumexp(high, total), 0.0))
@@ -123,15 +122,15 @@ def fuse_tile(
     if HELD:
         x = weighed(weights, blocks)
         tl.store(to + unit, x.to(fused.dtype.element_ty), mask=mine & (unit < classes))
-        state = take_in(state, x, label, unit < classes, targets is not None)
+        state = take_in(state, x, label, unit < classes, targets is not None, LABELS)
     else:
         first = classes * 0
         while first < classes:
             at = first + unit
             x = weighed(weights, read_all(rows, at, classes, held))
             tl.store(to + at, x.to(fused.dtype.element_ty), mask=mine & (at < classes))
-            y = read_any(labels, at, classes, mine)
-            state = take_in(state, x, y, at < classes, targets is not None)
+            y = read_or(labels, at, classes, mine, zeros)
+            state = take_in(state, x, y, at < classes, targets is not None, LABELS)
             first += UNITS
     high, total, loss = state
 

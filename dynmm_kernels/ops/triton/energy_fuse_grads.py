@@ -23,7 +23,7 @@ from .energy_rows import (
     packed,
     read,
     read_all,
-    read_any,
+    read_or,
     row_of,
     shape_of,
     span,
@@ -33,18 +33,20 @@ from .energy_rows import (
 )
 from .launch import launch
 
+CLASSES, LABELS = tl.constexpr(1), tl.constexpr(2)  # what losses compare with; 0: there are none
+
 
 @triton.jit
-def expected(labels, index, one, unit, classes, mine):
+def expected(labels, index, one, unit, classes, mine, zeros):
     """What a block is compared with: its labels, or `one` for the class that is named."""
-    label = read_any(labels, unit, classes, mine)
+    label = read_or(labels, unit, classes, mine, zeros)
     return label if index is None else tl.where(unit == index, one, 0.0)
 
 
 @triton.jit
-def slope(x, energy, label, classes, BINARY: tl.constexpr):
+def slope(x, energy, label, classes, LOSS: tl.constexpr):
     """The derivative of a loss by its logits, whose logsumexp is `energy`."""
-    if BINARY:
+    if LOSS == LABELS:
         sigmoid = divide(tl.full(x.shape, 1.0, x.dtype), 1 + tl.exp(-x))
         by = divide(sigmoid - label, classes.to(x.dtype))
     else:
@@ -53,24 +55,22 @@ def slope(x, energy, label, classes, BINARY: tl.constexpr):
 
 
 @triton.jit
-def of_sum(weights, blocks, grad, loss, energy, label, inside, classes, BINARY: tl.constexpr):
+def of_sum(weights, blocks, grad, loss, energy, label, inside, classes, LOSS: tl.constexpr):
     """The gradient of the weighted sum: its own and that of its loss."""
     x = weighed(weights, blocks)
-    total = tl.zeros_like(x)
-    if grad is not None:
-        total += grad.to(x.dtype)
-    if label is not None:
-        total += loss * slope(x, energy, label, classes, BINARY)
+    total = grad.to(x.dtype)
+    if LOSS:
+        total += loss * slope(x, energy, label, classes, LOSS)
     return tl.where(inside, total, 0.0)
 
 
 @triton.jit
-def of_logits(x, total, weight, change, loss, energy, label, classes, BINARY: tl.constexpr):
+def of_logits(x, total, weight, change, loss, energy, label, classes, LOSS: tl.constexpr):
     """The gradient of a modality: by the weighted sum, by its energy and by its loss."""
     x = x.to(total.dtype)
     grad = weight * total + change * tl.exp(x - energy)
-    if label is not None:
-        grad += loss * slope(x, energy, label, classes, BINARY)
+    if LOSS:
+        grad += loss * slope(x, energy, label, classes, LOSS)
     return grad
 
 
@@ -109,9 +109,10 @@ def grads_tile(
     mine = n < num_rows
     each = n * (MODALITIES + 1)
 
-    BINARY: tl.constexpr = labels is not None
-    index, one = None, None
-    if BINARY:
+    LOSS: tl.constexpr = 0 if grad_losses is None else (CLASSES if labels is None else LABELS)
+    index = None
+    one = None
+    if labels is not None:
         labels += n * label_stride * STEP
     if targets is not None:
         index, named = name_class(targets, n, num_rows, classes)
@@ -119,7 +120,7 @@ def grads_tile(
     if grad_fused is not None:
         grad_fused += n * grad_stride * STEP
 
-    zero = tl.zeros([ROWS, 1], SUM)
+    zero, zeros = tl.zeros([ROWS, 1], SUM), tl.zeros([ROWS, UNITS], SUM)
     held, rows, blocks, energy, losses, confidence = (), (), (), (), (), ()
     for m in tl.static_range(MODALITIES):
         held = grown(held, held_rows(present, n, num_rows, m, MODALITIES))
@@ -135,22 +136,22 @@ def grads_tile(
 
     dots = ()
     if HELD:
-        label = expected(labels, index, one, unit, classes, mine)
-        total = read_any(grad_fused, unit, classes, mine)
-        total = of_sum(weights, blocks, total, loss, last, label, unit < classes, classes, BINARY)
+        label = expected(labels, index, one, unit, classes, mine, zeros)
+        total = read_or(grad_fused, unit, classes, mine, zeros)
+        total = of_sum(weights, blocks, total, loss, last, label, unit < classes, classes, LOSS)
         for m in tl.static_range(MODALITIES):
             dots = grown(dots, tl.sum(total * blocks[m].to(SUM), 1, keep_dims=True))
     elif LIVE:
         partial = ()
         for _ in tl.static_range(MODALITIES):
-            partial = grown(partial, tl.zeros([ROWS, UNITS], SUM))
+            partial = grown(partial, zeros)
         first = classes * 0
         while first < classes:
             at = first + unit
             x = read_all(rows, at, classes, held)
-            y = expected(labels, index, one, at, classes, mine)
-            g = read_any(grad_fused, at, classes, mine)
-            g = of_sum(weights, x, g, loss, last, y, at < classes, classes, BINARY)
+            y = expected(labels, index, one, at, classes, mine, zeros)
+            g = read_or(grad_fused, at, classes, mine, zeros)
+            g = of_sum(weights, x, g, loss, last, y, at < classes, classes, LOSS)
             sums = ()
             for m in tl.static_range(MODALITIES):
                 sums = grown(sums, partial[m] + g * x[m].to(SUM))
@@ -181,12 +182,11 @@ def grads_tile(
             g = total
         else:
             x = read_all(rows, at, classes, held)
-            y = expected(labels, index, one, at, classes, mine)
-            g = read_any(grad_fused, at, classes, mine)
-            g = of_sum(weights, x, g, loss, last, y, at < classes, classes, BINARY)
+            y = expected(labels, index, one, at, classes, mine, zeros)
+            g = read_or(grad_fused, at, classes, mine, zeros)
+            g = of_sum(weights, x, g, loss, last, y, at < classes, classes, LOSS)
         for m in tl.static_range(MODALITIES):
-            w, change, e = weights[m], changes[m], energy[m]
-            own = of_logits(x[m], g, w, change, losses[m], e, y, classes, BINARY)
+            own = of_logits(x[m], g, weights[m], changes[m], losses[m], energy[m], y, classes, LOSS)
             own = tl.where(held[m], own, 0.0).to(x[m].dtype)
             tl.store(grads[m] + n * classes + at, own, mask=mine & (at < classes))
         first += UNITS

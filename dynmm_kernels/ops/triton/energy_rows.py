@@ -63,13 +63,14 @@ def read_all(rows, unit, classes, held):
 
 
 @triton.jit
-def read_any(row, unit, classes, held):
-    """None where there is no row."""
-    return None if row is None else read(row, unit, classes, held)
+def read_or(row, unit, classes, held, otherwise):
+    """`otherwise` where there is no row."""
+    return otherwise if row is None else read(row, unit, classes, held)
 
 
 @triton.jit
 def load_or(values, at, mine, otherwise):
+    """`otherwise` where there are no values."""
     return otherwise if values is None else tl.load(values + at, mask=mine, other=0)
 
 
