@@ -1,10 +1,13 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
+from .cascade.calibration import Calibration
 from .cascade.fusion import CascadeFusion
 from .cascade.routing import CascadeRouting, deep_supervision_loss
+from .collate import Collated, collate_modalities
+from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
-from .losses import resource_loss
+from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
 from .routed.fusion import RoutedFusion
 from .routing import DepthRouting, Routing
@@ -16,12 +19,16 @@ from .usage import Usage
 __all__ = [
     "Add",
     "Branch",
+    "Calibration",
     "CascadeFusion",
     "CascadeRouting",
     "ChainedFusion",
+    "Collated",
     "Concat",
     "ConfidenceGate",
     "DepthRouting",
+    "EnergyFusion",
+    "EnergyOutput",
     "NestedFusion",
     "QualityHistory",
     "RoutedFusion",
@@ -29,7 +36,10 @@ __all__ = [
     "SEAdd",
     "Usage",
     "WeightedSum",
+    "balance_loss",
+    "collate_modalities",
     "deep_supervision_loss",
+    "entropy_loss",
     "exponential_temperature",
     "quality_rank_loss",
     "resource_loss",

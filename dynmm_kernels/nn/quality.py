@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK = 128  # samples whose extremes are kept together
+BLOCK = 64  # samples whose extremes are kept together
 
 
 class QualityHistory(nn.Module):
     """The losses of every training sample, added up over its epochs, for each modality.
 
     The history behind QMF's ranking loss (Zhang et al., ICML 2023), kept on the device. Extremes
-    are kept per block of 128 samples, so that a step reads the blocks of its batch, not the data
+    are kept per block of 64 samples, so that a step reads the blocks of its batch, not the data
     set. In distributed training every process sees samples of its own; `all_reduce` once per epoch
     gives all of them the whole history.
 
@@ -38,8 +38,9 @@ class QualityHistory(nn.Module):
                 raise ValueError(
                     f"QualityHistory: {name} must be a positive integer; got {value!r}"
                 )
-        blocks = num_samples // BLOCK + 1  # the last holds the rest, which may be empty
-        self.register_buffer("total", torch.zeros(num_samples, num_modalities))
+        blocks = -(-num_samples // BLOCK)
+        # Column by column, so that the extremes of a block are taken of neighbours.
+        self.register_buffer("total", torch.zeros(num_modalities, num_samples).t())
         self.register_buffer("lowest", torch.zeros(num_modalities, blocks), persistent=False)
         self.register_buffer("highest", torch.zeros(num_modalities, blocks), persistent=False)
         self.register_buffer("shared", torch.zeros_like(self.total), persistent=False)
@@ -62,9 +63,11 @@ class QualityHistory(nn.Module):
             ValueError, TypeError: what does not fit; an index out of range, on a GPU at the next
                 synchronisation.
         """
-        self._check(indices, losses, "losses")
-        self.total.index_add_(0, indices, losses.to(self.total.dtype))
-        self._look_at(indices // BLOCK)
+        total = self._check(indices, losses, "losses")
+        total.index_add_(0, indices, losses.to(total.dtype))
+        # The last block shares samples with the one before, so it is always looked at.
+        blocks = nn.functional.pad(indices // BLOCK, (0, 1), value=(total.shape[0] - 1) // BLOCK)
+        self._look_at(total, blocks)
 
     @torch.no_grad()
     def quality(self, indices: Tensor) -> Tensor:
@@ -72,53 +75,50 @@ class QualityHistory(nn.Module):
 
         0 where all samples of a modality have the same history, as before the first update.
         """
-        self._check(indices)
-        return self._quality(indices)
+        above = self._check(indices)[indices] - self.lowest.amin(1)
+        return above.div_(self._span())
 
-    def _quality(self, indices: Tensor) -> Tensor:
-        low, high = self.lowest.amin(1), self.highest.amax(1)
-        span = high - low
-        return (self.total.index_select(0, indices) - low) / torch.where(span > 0, span, torch.inf)
+    def _span(self) -> Tensor:
+        """[M], from the least to the largest of all samples; never 0, so that it divides."""
+        span = self.highest.amax(1) - self.lowest.amin(1)
+        return span.clamp_min_(torch.finfo(span.dtype).tiny)
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None) -> None:
         """Adds what the other processes of `group` recorded since they last did so together."""
-        news = self.total - self.shared
+        news = (self.total - self.shared).t().contiguous()
         torch.distributed.all_reduce(news, group=group)
-        self.total.copy_(self.shared + news)
+        self.total.copy_(self.shared + news.t())
         _take_over(self)
 
-    def _look_at(self, blocks: Tensor) -> None:
-        """Finds the extremes of these blocks again, and of the rest behind the last full one."""
-        (size, modalities), last = self.total.shape, self.lowest.shape[1] - 1
-        if last:
-            full = self.total[: last * BLOCK].view(last, BLOCK * modalities)
-            blocks = blocks.clamp(max=last - 1)
-            values = full.index_select(0, blocks).view(-1, BLOCK, modalities)
-            low, high = values.aminmax(dim=1)
-            self.lowest.index_copy_(1, blocks, low.t())
-            self.highest.index_copy_(1, blocks, high.t())
-        # An empty rest repeats the last sample.
-        rest = self.total[min(last * BLOCK, size - 1) :]
-        self.lowest[:, last], self.highest[:, last] = rest.aminmax(dim=0)
+    def _look_at(self, total: Tensor, blocks: Tensor) -> None:
+        """Finds the extremes of these blocks again; the last one ends with the last sample."""
+        size = total.shape[0]
+        length = min(BLOCK, size)
+        starts = (blocks * BLOCK).clamp_(max=size - length)
+        values = total.t().unfold(1, length, 1)[:, starts]
+        self.lowest.index_copy_(1, blocks, values.amin(2))
+        self.highest.index_copy_(1, blocks, values.amax(2))
 
-    def _check(self, indices: Tensor, values: Tensor | None = None, name: str = "") -> None:
-        size, modalities = self.total.shape
+    def _check(self, indices: Tensor, values: Tensor | None = None, name: str = "") -> Tensor:
+        """`total`, if all of this fits it."""
+        total = self.total
+        size, modalities = total.shape
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
             raise TypeError(f"QualityHistory: indices must be int64 [n]; got {_told(indices)}")
-        if indices.device != self.total.device:
+        if indices.device != total.device:
             raise ValueError(
-                f"QualityHistory: indices must be on {self.total.device}, as the history is; got "
+                f"QualityHistory: indices must be on {total.device}, as the history is; got "
                 f"{indices.device}"
             )
         if values is not None and (
             not isinstance(values, Tensor)
             or values.shape != (len(indices), modalities)
-            or values.device != self.total.device
+            or values.device != total.device
         ):
             raise ValueError(
                 f"QualityHistory: {name} must be [n, M] = [{len(indices)}, {modalities}] on "
-                f"{self.total.device}; got {_told(values)}"
+                f"{total.device}; got {_told(values)}"
             )
         message = f"QualityHistory: indices must be in 0..{size - 1}"
         if indices.is_cuda:
@@ -127,6 +127,7 @@ class QualityHistory(nn.Module):
             lowest, highest = (extreme.item() for extreme in indices.aminmax())
             if lowest < 0 or highest >= size:
                 raise ValueError(f"{message}; got {lowest if lowest < 0 else highest}")
+        return total
 
 
 def quality_rank_loss(confidence: Tensor, indices: Tensor, history: QualityHistory) -> Tensor:
@@ -147,18 +148,18 @@ def quality_rank_loss(confidence: Tensor, indices: Tensor, history: QualityHisto
     Returns:
         [M], one loss per modality, to be summed and weighted. 0 for an empty batch.
     """
-    history._check(indices, confidence, "confidence")
-    quality = history._quality(indices)
-    gap = quality - quality.roll(-1, 0)
-    order = gap.sign().to(confidence.dtype)
-    excess = order * (confidence - confidence.roll(-1, 0)) - gap.abs().to(confidence.dtype)
+    total = history._check(indices, confidence, "confidence")[indices]
+    gap = (total - total.roll(-1, 0)).div_(history._span())  # of qualities: their offset cancels
+    order, gap = gap.sign().to(confidence.dtype), gap.to(confidence.dtype)
+    excess = order * (confidence - confidence.roll(-1, 0) - gap)
     return excess.clamp_min(0).sum(0) / max(1, len(indices))
 
 
 def _take_over(history: QualityHistory, _: Any = None) -> None:
     """What is in `total` now, every process has."""
     history.shared.copy_(history.total)
-    history._look_at(torch.arange(history.lowest.shape[1], device=history.total.device))
+    total, blocks = history.total, history.lowest.shape[1]
+    history._look_at(total, torch.arange(blocks, device=total.device))
 
 
 def _told(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .routing import Routing
+from .routing import DepthRouting, Routing
 
 
 class Report(NamedTuple):
@@ -37,9 +38,24 @@ class Usage:
         print(usage.read().fractions)
 
     They take the place of the weight lists and `cal_flop` of DynMM's code.
+
+    `read` warns where a gate chose a branch for none of at least `window` samples, which is how a
+    gate collapses; the next window starts there. Only what a gate chose counts: no forced choice,
+    no dense execution, and no chain, in which a static cell is a depth that nobody can have.
+
+    Args:
+        window: samples; None: no warning.
+
+    Raises:
+        ValueError: a window that is not a positive integer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = 1000) -> None:
+        if window is not None and (type(window) is not int or window < 1):
+            raise ValueError(
+                f"Usage: window must be a positive number of samples, or None; got {window!r}"
+            )
+        self.window = window
         self.reset()
 
     def reset(self) -> None:
@@ -49,6 +65,11 @@ class Usage:
         self._known_counts: tuple[int, ...] = ()  # of dense batches: on the host
         self._executed: float | None = 0.0
         self._expected: Tensor | float | None = 0.0
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._chosen_by_gates: Tensor | None = None  # on the device
+        self._samples_in_window = 0
 
     def add(self, routing: Routing) -> None:
         """Counts one batch; no synchronisation.
@@ -70,7 +91,11 @@ class Usage:
             pairs = zip(self._known_counts, routing.counts, strict=True)
             self._known_counts = tuple(before + count for before, count in pairs)
         else:
-            self._counts = counts.clone() if self._counts is None else self._counts + counts
+            self._counts = _sum(self._counts, counts)
+            if routing.probs is not None:
+                self._choices = "depth" if isinstance(routing, DepthRouting) else "branch"
+                self._chosen_by_gates = _sum(self._chosen_by_gates, counts)
+                self._samples_in_window += size
         self._samples += size
         executed, expected = routing.executed_cost, routing.expected_cost
         known = executed is not None and self._executed is not None
@@ -79,7 +104,8 @@ class Usage:
         self._expected = self._expected + expected.detach().double() * size if known else None  # type: ignore[operator,union-attr]
 
     def read(self) -> Report:
-        """The counts so far; waits for the device."""
+        """The counts so far; waits for the device. Warns of branches that no sample chose."""
+        self._warn_of_collapse()
         counts = self._known_counts
         if self._counts is not None:
             pairs = zip(counts, self._counts.tolist(), strict=True)
@@ -93,3 +119,22 @@ class Usage:
             None if self._executed is None or not samples else self._executed / samples,
             None if expected is None or not samples else expected / samples,
         )
+
+    def _warn_of_collapse(self) -> None:
+        size, counts = self._samples_in_window, self._chosen_by_gates
+        if self.window is None or counts is None or size < self.window:
+            return
+        self._start_window()
+        unused = [str(b) for b, count in enumerate(counts.tolist()) if not count]
+        if unused:
+            warnings.warn(
+                f"Usage: the gate chose {self._choices} {', '.join(unused)} for none of {size} "
+                "samples; to keep every one in use, add balance_loss or entropy_loss to the loss, "
+                "train with noise='gumbel', or begin with random choices (choice='random', or "
+                "depth=); Usage(window=None) does not warn",
+                stacklevel=3,
+            )
+
+
+def _sum(before: Tensor | None, counts: Tensor) -> Tensor:
+    return counts.clone() if before is None else before + counts

@@ -433,6 +433,64 @@ def test_usage_does_not_wait(monkeypatch):
     usage.add(routing)
 
 
+def chosen(choice: list[int], forced: bool = False, **settings):
+    """The routing of a gate over three branches that decides so, or is made to."""
+    gate = FixedGate(nn.functional.one_hot(torch.tensor(choice), 3).float() * 5)
+    fusion = RoutedFusion(gate, [nn.Identity()] * 3, **settings)
+    given = {"choice": torch.tensor(choice)} if forced else {}
+    return fusion(torch.zeros(len(choice), 1), return_routing=True, **given)[1]
+
+
+def test_usage_warns_of_a_forgotten_branch_once_per_window(recwarn):
+    usage = Usage(window=8)
+    for _ in range(2):
+        usage.add(chosen([0, 2, 0]))
+        usage.read()
+    assert not recwarn.list  # the window is not full
+    usage.add(chosen([0, 0]))
+    with pytest.warns(UserWarning, match=r"chose branch 1 for none of 8 samples.*balance_loss"):
+        usage.read()
+    usage.read()
+    usage.add(chosen([0, 0, 2, 2, 1, 0, 0]))
+    usage.add(chosen([0, 0]))
+    usage.read()  # in this window all are in use
+    assert not recwarn.list
+    usage.add(chosen([1] * 20))
+    with pytest.warns(UserWarning, match=r"chose branch 0, 2 for none of 20 samples"):
+        usage.read()
+    usage.add(chosen([1] * 7))
+    usage.reset()
+    usage.add(chosen([1] * 7))
+    usage.read()
+    assert not recwarn.list
+
+
+def test_usage_warns_of_forgotten_depths():
+    stages = [nn.Identity() for _ in range(4)]
+    gate = FixedGate(torch.tensor([[0.0, 5.0, 0.0]]).repeat(4, 1))
+    nested = NestedFusion(gate, stages[:2], stages[2:], [Function(lambda r, a: r)] * 2)
+    usage = Usage(window=4)
+    usage.add(nested(torch.zeros(4, 1), torch.zeros(4, 1), return_routing=True)[1])
+    with pytest.warns(UserWarning, match=r"chose depth 0, 2 for none of 4 samples"):
+        usage.read()
+
+
+def test_usage_does_not_warn_of_what_no_gate_chose(recwarn):
+    usage, silent = Usage(window=4), Usage(window=None)
+    usage.add(chosen([0] * 9, forced=True))
+    usage.add(chosen([0] * 9, execution="dense"))
+    silent.add(chosen([0] * 9))
+    assert usage.read().samples == 18
+    assert silent.read().counts == (9, 0, 0)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, True])
+def test_usage_needs_a_window_of_samples(window):
+    with pytest.raises(ValueError, match=f"window must be .* got {window}"):
+        Usage(window=window)
+
+
 @for_selects
 def test_cost_of_what_is_selected(select):
     fusion, x = costed(select)

@@ -78,6 +78,18 @@ def test_extremes_are_exact_whatever_is_added():
         assert torch.equal(history.highest.amax(1), history.total.amax(0))
 
 
+@pytest.mark.parametrize("size", [65, 100, 127, 129])
+def test_extremes_of_the_last_block_forget_what_it_shares(size):
+    """It ends with the last sample, so it begins within the block before."""
+    history = QualityHistory(size, 1)
+    shared, last = torch.tensor([size - 64]), torch.tensor([size - 1])
+    for loss in (-5.0, 20.0, -10.0):
+        history.update(shared, torch.tensor([[loss]]))
+        assert history.lowest.amin() == history.total.amin()
+        assert history.highest.amax() == history.total.amax()
+        history.update(last, torch.zeros(1, 1))
+
+
 def test_a_repeated_index_is_added_twice():
     history = QualityHistory(4, 1)
     history.update(torch.tensor([2, 2, 0]), torch.tensor([[1.0], [2.0], [4.0]]))
@@ -113,6 +125,24 @@ def test_state_dict_and_copies():
     for twin in (other, copy.deepcopy(history)):
         assert torch.equal(twin.quality(torch.arange(200)), history.quality(torch.arange(200)))
     assert [*nn.ModuleList([history]).state_dict()] == ["0.total"]
+
+
+def test_a_tensor_of_any_layout_may_be_assigned():
+    rows = torch.rand(200, 2)
+    history = QualityHistory(200, 2)
+    history.load_state_dict({"total": rows}, assign=True)
+    history.update(torch.tensor([0, 199]), torch.tensor([[-9.0, 9.0], [9.0, -9.0]]))
+    assert torch.equal(history.lowest.amin(1), rows.amin(0))
+    assert torch.equal(history.highest.amax(1), rows.amax(0))
+
+
+def test_order_survives_a_confidence_in_half_precision():
+    """A gap that fp16 rounds to 0 still has a sign."""
+    history = QualityHistory(3, 1)
+    history.update(torch.arange(3), torch.tensor([[0.0], [1e-6], [1e3]]))
+    confidence = torch.tensor([[1.0], [5.0]], dtype=torch.float16)
+    # Sample 1 is poorer than sample 0, and surer: both orders of the pair cost the difference.
+    assert quality_rank_loss(confidence, torch.arange(2), history).tolist() == [4]
 
 
 def test_the_history_gets_no_gradient():
