@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -40,44 +39,21 @@ from .digits import (
 )
 from .digits import build as build_gated
 from .digits import train as train_gated
+from .qmf_report import NOISES, Report, Row
 
 EPOCHS, SEEDS = 20, 2
 RANK_WEIGHT = 0.1  # of the ranking loss, as for NYU Depth V2
+LATE = {  # method: weights, and the weight of the ranking loss
+    "late fusion": ("uniform", 0.0),
+    "QMF, no ranking loss": ("energy", 0.0),
+    "QMF": ("energy", RANK_WEIGHT),
+}
 TARGET, DELTA = 0.05, 0.1  # of the calibration
-NOISES = (
-    ("clean", "gaussian", 0.0),
-    # Ten grey levels for every step of epsilon, as in QMF's text-image code.
-    ("Gaussian 5", "gaussian", 50.0),
-    ("Gaussian 10", "gaussian", 100.0),
-    ("salt and pepper 5", "salt_and_pepper", 5.0),
-    ("salt and pepper 10", "salt_and_pepper", 10.0),
-)
 DRAWS = 3  # of the noise
 TEST_BATCH = 128
 TIMING_SECONDS = 15.0
 
 Run = Callable[[Views], tuple[Tensor, float]]  # -> logits, MMACs per sample that were executed
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table, means over seeds."""
-
-    method: str
-    accuracy: dict[str, float]  # noise: per cent
-    macs: float  # millions of multiply-accumulates per clean digit
-    time_ms: float  # for the clean test set
-
-
-@dataclass(frozen=True)
-class Report:
-    rows: tuple[Row, ...]
-    guarantee: str
-    samples: int
-    batch: int
-    epochs: int
-    seeds: int
-    threads: int
 
 
 def build(sample: Views) -> EnergyFusion:
@@ -126,11 +102,7 @@ def train_all(
     sample = views(digits.test_images[:8])
     start = build(sample)
     runs: dict[str, Run] = {}
-    for method, weights, rank_weight in (
-        ("late fusion", "uniform", 0.0),
-        ("QMF without ranking loss", "energy", 0.0),
-        ("QMF", "energy", RANK_WEIGHT),
-    ):
+    for method, (weights, rank_weight) in LATE.items():
         fusion = copy.deepcopy(start)
         fusion.weights = weights
         train(fusion, digits, epochs, rank_weight, torch.Generator().manual_seed(seed))
@@ -147,7 +119,7 @@ def train_all(
     calibration = cascade.calibrate(
         [((views(images),), labels)], risk="gap", target=TARGET, delta=DELTA
     )
-    runs["calibrated cascade of QMF"] = partial(_run_routed, cascade)
+    runs["QMF cascade, calibrated"] = partial(_run_routed, cascade)
     return runs, calibration.guarantee
 
 
@@ -191,7 +163,7 @@ def _halves(digits: Digits) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 
 
 def _run_fusion(fusion: EnergyFusion, batch: Views) -> tuple[Tensor, float]:
-    return fusion(batch), sum(encoder.cost for encoder in fusion.encoders)
+    return fusion(batch), sum(part.cost for part in fusion.encoders.all())
 
 
 def _run_routed(fusion: RoutedFusion | CascadeFusion, batch: Views) -> tuple[Tensor, float]:
@@ -210,7 +182,7 @@ def _row(method: str, run: Run, images: Tensor, labels: Tensor, time_ms: float) 
     accuracy: dict[str, float] = {}
     clean = views(images)
     macs = 0.0
-    for noise, kind, epsilon in NOISES:
+    for noise, (kind, epsilon) in NOISES.items():
         hits = []
         for draw in range(DRAWS):
             noisy, _ = corrupt(
@@ -235,6 +207,6 @@ def _split(tensors: tuple[Tensor, ...]) -> Any:
 
 
 def _mean(rows: list[Row]) -> Row:
-    accuracy = {noise: fmean(row.accuracy[noise] for row in rows) for noise, *_ in NOISES}
+    accuracy = {noise: fmean(row.accuracy[noise] for row in rows) for noise in NOISES}
     macs, time_ms = (fmean(getattr(row, name) for row in rows) for name in ("macs", "time_ms"))
     return Row(rows[0].method, accuracy, macs, time_ms)
