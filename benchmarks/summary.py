@@ -67,8 +67,9 @@ CASCADE_COLUMNS = {
 }
 
 CASCADE_LEGEND = (
-    "speed-up: full (both encoders on all samples, as QMF runs them) / cascade. forced: exits given,",
-    "nothing scored. overhead: cascade / bare (encoders, score and fusion on rows gathered before).",
+    "speed-up: full (both encoders on all samples, as QMF runs them) / cascade. forced: exits are",
+    "given, nothing is scored. overhead: cascade / bare (encoders, score, fusion on rows gathered",
+    "before).",
 )
 
 ENERGY_COLUMNS = {
