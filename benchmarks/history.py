@@ -1,7 +1,8 @@
 """QMF's history of losses and its ranking loss, against NumPy arrays on the host.
 
-The rival keeps its history where the published code does and normalises it as that does: by the
-extremes of the whole data set, looked for in every step.
+The rival does as the published code does: it keeps the history of each modality in an array on the
+host, and normalises the two samples of every pair by extremes that it looks for, both times, in the
+whole data set.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class NumpyHistory:
-    """One array per modality; losses go to the host, targets and margins of the pairs come back."""
+    """One array per modality; losses go to the host, the order of pairs and their margins return."""
 
     def __init__(self, total: Tensor):
         self.totals = [column.double().numpy().copy() for column in total.cpu().unbind(1)]
@@ -39,21 +40,19 @@ class NumpyHistory:
         for m, total in enumerate(self.totals):
             total[rows] += losses[:, m].cpu().numpy()
 
+    def quality(self, m: int, indices: Tensor) -> np.ndarray:
+        total = self.totals[m]
+        low, high = total.min(), total.max()
+        return (total[indices.cpu().numpy()] - low) / (high - low)
+
     def rank_loss(self, confidence: Tensor, indices: Tensor) -> Tensor:
         """[M]"""
-        rows = indices.cpu().numpy()
-        ranked = []
-        for m, total in enumerate(self.totals):
-            low, high = total.min(), total.max()
-            quality = (total[rows] - low) / (high - low)
-            gap = quality - np.roll(quality, -1)
-            order, margin = (
-                torch.from_numpy(x).to(confidence) for x in (np.sign(gap), np.abs(gap))
-            )
-            own = confidence[:, m]
-            excess = order * (own - own.roll(-1)) - margin
-            ranked.append(excess.clamp_min(0).mean())
-        return torch.stack(ranked)
+        losses = []
+        for m, own in enumerate(confidence.unbind(1)):
+            gap = self.quality(m, indices) - self.quality(m, indices.roll(-1))
+            order, margin = (torch.from_numpy(x).to(own) for x in (np.sign(gap), np.abs(gap)))
+            losses.append((order * (own - own.roll(-1)) - margin).clamp_min(0).mean())
+        return torch.stack(losses)
 
 
 @dataclass(frozen=True)
