@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class NumpyHistory:
-    """One array per modality; losses go to the host, the order of pairs and their margins return."""
+    """One array per modality; losses go to the host, and the order of pairs comes back."""
 
     def __init__(self, total: Tensor):
         self.totals = [column.double().numpy().copy() for column in total.cpu().unbind(1)]
