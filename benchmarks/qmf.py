@@ -169,9 +169,8 @@ def cascade_costs(name: str, shortened: bool) -> Costs:
     """
     pair = PAIRS[name]
     inputs = {part: x.to("meta") for part, x in pair.make_inputs(1, shortened).items()}
-    with torch.device("meta"):
-        encoders = pair.build(shortened)
     first, second = (
-        branch_costs(encoder, pair.reads(part, inputs)) for part, encoder in encoders.items()
+        branch_costs(encoder.to("meta"), pair.reads(part, inputs))
+        for part, encoder in pair.build(shortened).items()
     )
     return Costs(gate=first, branches=(0.0, second))
