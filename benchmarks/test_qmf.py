@@ -1,6 +1,7 @@
 """QMF: cascades over its models, its fusion of logits, its history and ranking loss."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from benchmarks.energy import EnergySetting
 from benchmarks.history import HistorySetting
 from benchmarks.replay import replayed
 
-# (pair, samples, share that leaves early): as Food-101's text leaves them, then the extremes.
+# (pair, samples, share that leaves early). Fewer than 16: on the CPU torch hands larger batches of
+# 3x3 convolutions to NNPACK, which needs fewer multiplications than a ceiling counts, and the
+# samples that stay would be too few for it.
 CASCADES = (
-    *(("text-image", 16, p) for p in (0.5, 0.86, 1.0)),
+    *(("text-image", 12, p) for p in (0.5, 0.86, 1.0)),
     *(("text-image", n, 0.0) for n in (4, 1)),
     ("text-image", 1, 1.0),
-    ("rgb-d", 16, 0.5),
+    ("rgb-d", 12, 0.5),
 )
 ALL_CASCADES = (
     *itertools.product(["text-image"], (1, 16, 64, 256), (0.0, 0.5, 0.86, 0.95, 1.0)),
@@ -61,7 +64,7 @@ def pytest_generate_tests(metafunc):
     }[metafunc.function]
     rows = [row for row in rows if row != "torch_compiled" or option("bench_compile")]
     cases = [
-        pytest.param(setting, row, id=f"{setting}-{row}".replace(" ", "-"))
+        pytest.param(setting, row, id=re.sub(r"[^\w=.]+", "-", f"{setting} {row}"))
         for setting, row in itertools.product(settings(option), rows)
     ]
     metafunc.parametrize(("setting", "row"), cases)
