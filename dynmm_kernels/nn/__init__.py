@@ -1,6 +1,7 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
+from .cascade.calibration import Calibration
 from .cascade.fusion import CascadeFusion
 from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .collate import Collated, collate_modalities
@@ -18,6 +19,7 @@ from .usage import Usage
 __all__ = [
     "Add",
     "Branch",
+    "Calibration",
     "CascadeFusion",
     "CascadeRouting",
     "ChainedFusion",

@@ -13,6 +13,7 @@ from ..arguments import Arguments
 from ..branch import Branches, as_branch, part
 from ..decision import Decision, forced
 from ..rules import TOP_ONE
+from .calibration import Calibration, calibrate
 from .exits import Cascade, Routed, all_exits, all_scores, run_everywhere
 from .fuses import as_fuse
 from .routing import CascadeRouting
@@ -115,7 +116,7 @@ class CascadeFusion(nn.Module):
         batch = Arguments(inputs, "CascadeFusion inputs")
         cascade = self._cascade()
         decision = None if exit is None else _obey(exit, len(cascade.stages), batch)
-        if self.training or self.execution == "masked" or batch.num_rows == 0:
+        if self.training or self.execution == "masked":
             outcome = run_everywhere(cascade, batch, decision, self.training)
         else:
             outcome = Routed(cascade, batch, decision).run()
@@ -138,6 +139,92 @@ class CascadeFusion(nn.Module):
         cascade = self._cascade()
         exits = all_exits(cascade, Arguments(inputs, "CascadeFusion inputs"))
         return all_scores(cascade, exits), exits
+
+    def calibrate(
+        self,
+        batches: Iterable[tuple[tuple[Any, ...], Tensor | None]],
+        *,
+        risk: str = "gap",
+        target: float = 0.01,
+        delta: float = 0.1,
+    ) -> Calibration:
+        """Sets the boldest thresholds that keep a risk, and says what is guaranteed.
+
+        All stages run on all rows, in eval mode without a graph. Thresholds are learnt on one half
+        of the rows and tested on the other (Learn then Test, Angelopoulos et al. 2021, with a fixed
+        sequence and exact binomial tests): with probability 1 - delta over the draw of these rows
+        the risk is at most `target`, for samples drawn as they were. Needs scikit-learn.
+
+        Args:
+            batches: (inputs, targets) of rows that had no part in training: inputs a tuple, the
+                arguments of a call; targets int64 [n], or None where the risk needs none.
+            risk: the share of samples for which the cascade, "gap": is wrong where running every
+                stage is right; "consistency": predicts another class than running every stage does,
+                which needs no targets; "error": is wrong.
+            target: of the risk, in 0..1.
+            delta: how probable it may be that the risk exceeds the target.
+
+        Returns:
+            `Calibration`: thresholds, the curve of risk against what leaves and its cost, the risk
+            per exit, the guarantee as a sentence.
+
+        Raises:
+            ValueError: too few rows for the target (the message says how many would do), targets
+                that do not fit, or an "error" that running every stage exceeds already.
+            ImportError: without scikit-learn.
+        """
+        scores, exits, targets, classes = self._collect(batches)
+        found = calibrate(
+            scores,
+            exits,
+            targets,
+            self.costs(),
+            risk=risk,
+            target=target,
+            delta=delta,
+            classes=classes,
+        )
+        self.threshold = found.thresholds
+        return found
+
+    @torch.no_grad()
+    def _collect(
+        self, batches: Iterable[tuple[tuple[Any, ...], Tensor | None]]
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Scores [n, S-1], predicted classes [n, S] and targets [n] of all batches, and C."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        rows = []
+        try:
+            for number, batch in enumerate(batches):
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                    raise ValueError(
+                        "CascadeFusion.calibrate: batches must give (inputs, targets), inputs a "
+                        f"tuple of the call's arguments; got {type(batch).__name__}"
+                    )
+                inputs, targets = batch
+                if not isinstance(inputs, tuple):
+                    raise TypeError(
+                        f"CascadeFusion.calibrate: the inputs of batch {number} must be a tuple, "
+                        f"the arguments of a call; got {type(inputs).__name__}"
+                    )
+                scores, exits = self._run_all(*inputs)
+                predicted = torch.stack([logits.argmax(1) for logits in exits], 1)
+                rows.append((scores, predicted, targets, exits[0].shape[1]))
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not rows:
+            raise ValueError("CascadeFusion.calibrate: batches is empty")
+        all_scores, predictions, given, classes = zip(*rows, strict=True)
+        known = [targets for targets in given if targets is not None]
+        if len(known) not in (0, len(given)):
+            raise ValueError(
+                "CascadeFusion.calibrate: wanted targets for all batches or for none; got them for "
+                f"{len(known)} of {len(given)}"
+            )
+        targets = torch.cat(known) if known else None
+        return torch.cat(all_scores), torch.cat(predictions), targets, classes[0]
 
     @property
     def thresholds(self) -> tuple[float, ...]:
