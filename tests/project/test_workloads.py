@@ -96,11 +96,12 @@ def test_qmf_images_cost_what_resnets_do(resnet, billions):
 
 @pytest.mark.parametrize("pair", qmf.PAIRS)
 def test_shortened_pairs_keep_their_proportion(pair):
-    """Of the first encoder to the second, to a tenth; and both fit a small machine."""
+    """Of the first encoder to the second, roughly; and both cost a third at most."""
     paper, short = (qmf.cascade_costs(pair, shortened) for shortened in (False, True))
     first, second = (costs.gate / costs.branches[1] for costs in (paper, short))
-    assert first == pytest.approx(second, rel=0.1)
+    assert second == pytest.approx(first, rel=0.12)
     assert short.gate < paper.gate / 3
+    assert short.branches[1] < paper.branches[1] / 3
 
 
 @pytest.mark.parametrize(
