@@ -19,6 +19,7 @@ class Report(NamedTuple):
         fractions: `counts` as shares of the samples.
         executed_cost: cost per sample of what ran, gates included; None without costs.
         expected_cost: mean over samples of probs . costs and the gate; None without either.
+        hits, misses: calls of branches that were replayed, and not, while captured.
     """
 
     samples: int
@@ -26,6 +27,8 @@ class Report(NamedTuple):
     fractions: tuple[float, ...]
     executed_cost: float | None
     expected_cost: float | None
+    hits: int = 0
+    misses: int = 0
 
 
 class Usage:
@@ -65,6 +68,7 @@ class Usage:
         self._known_counts: tuple[int, ...] = ()  # of dense batches: on the host
         self._executed: float | None = 0.0
         self._expected: Tensor | float | None = 0.0
+        self._hits = self._misses = 0
         self._start_window()
 
     def _start_window(self) -> None:
@@ -85,6 +89,9 @@ class Usage:
                 f"{num_branches}; use one Usage per fusion"
             )
         self._known_counts = self._known_counts or (0,) * num_branches
+        if routing.replays is not None:
+            self._hits += routing.replays[0]
+            self._misses += routing.replays[1]
         if size == 0:
             return
         if counts is None:
@@ -118,6 +125,8 @@ class Usage:
             tuple(count / max(1, samples) for count in counts),
             None if self._executed is None or not samples else self._executed / samples,
             None if expected is None or not samples else expected / samples,
+            self._hits,
+            self._misses,
         )
 
     def _warn_of_collapse(self) -> None:
