@@ -19,7 +19,6 @@ class Report(NamedTuple):
         fractions: `counts` as shares of the samples.
         executed_cost: cost per sample of what ran, gates included; None without costs.
         expected_cost: mean over samples of probs . costs and the gate; None without either.
-        hits, misses: calls of branches that were replayed, and not, while captured.
     """
 
     samples: int
@@ -27,8 +26,6 @@ class Report(NamedTuple):
     fractions: tuple[float, ...]
     executed_cost: float | None
     expected_cost: float | None
-    hits: int = 0
-    misses: int = 0
 
 
 class Usage:
@@ -49,6 +46,10 @@ class Usage:
     Args:
         window: samples; None: no warning.
 
+    Attributes:
+        replays: calls of branches that were replayed, and that ran eagerly although the fusion was
+            captured.
+
     Raises:
         ValueError: a window that is not a positive integer.
     """
@@ -68,7 +69,7 @@ class Usage:
         self._known_counts: tuple[int, ...] = ()  # of dense batches: on the host
         self._executed: float | None = 0.0
         self._expected: Tensor | float | None = 0.0
-        self._hits = self._misses = 0
+        self.replays = (0, 0)
         self._start_window()
 
     def _start_window(self) -> None:
@@ -90,8 +91,8 @@ class Usage:
             )
         self._known_counts = self._known_counts or (0,) * num_branches
         if routing.replays is not None:
-            self._hits += routing.replays[0]
-            self._misses += routing.replays[1]
+            hits, misses = self.replays
+            self.replays = hits + routing.replays[0], misses + routing.replays[1]
         if size == 0:
             return
         if counts is None:
@@ -125,8 +126,6 @@ class Usage:
             tuple(count / max(1, samples) for count in counts),
             None if self._executed is None or not samples else self._executed / samples,
             None if expected is None or not samples else expected / samples,
-            self._hits,
-            self._misses,
         )
 
     def _warn_of_collapse(self) -> None:

@@ -181,7 +181,7 @@ class RoutedFusion(Settings):
 
         For eval without gradients. One graph per branch and bucket of rows: powers of two, and
         `max_rows`. Calls with more rows, or of another kind, run eagerly; the `Capture` counts
-        them with their reasons, and `Usage` counts both. A branch whose parameters are moved or
+        them with their reasons, and `Usage.replays` both. A branch whose parameters are moved or
         replaced is recorded again; what is loaded into them is simply used. Calls that are not
         recorded yet are slow once, and wait for the device.
 
