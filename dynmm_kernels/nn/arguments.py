@@ -42,6 +42,12 @@ class Arguments:
             return self.leaves
         return [self.leaves[i] for i in self.rows if isinstance(self.leaves[i], Tensor)]
 
+    def rows_at_hand(self) -> list[int] | None:
+        """`rows`; None where some of them are Lazy."""
+        if self.plain or not any(isinstance(self.leaves[i], tree.Lazy) for i in self.rows):
+            return self.rows
+        return None
+
     def held(self) -> list[Tensor]:
         """Every tensor that is here already, `Shared` ones too."""
         return self.leaves if self.plain else tree.tensors_in(self.leaves)

@@ -189,11 +189,13 @@ def run_rows(
     size, counts = plan.num_rows, plan.counts
     alone = [b for b in wanted if b not in whole and counts[b] < size]
     arguments: list[tuple[Any, ...]] = []
+    own: list[Arguments] = []
     if alone:
         own = [branches[b].arguments(batch) for b in alone]
         copied = [branches[b].in_place for b in alone]
         arguments = gather_arguments(plan, alone, own, copied)
         arguments.reverse()
+        own.reverse()
     outputs = []
     for b in wanted:
         if b in whole:
@@ -201,7 +203,8 @@ def run_rows(
         elif counts[b] == size:
             outputs.append(branches[b].call_whole(batch, size))
         else:
-            outputs.append(branches[b].call(arguments.pop()))  # freed once used
+            rows = own.pop().rows_at_hand()
+            outputs.append(branches[b].call(arguments.pop(), rows))  # freed once used
     return outputs
 
 
