@@ -126,10 +126,14 @@ class Branch(nn.Module):
         return tuple(pack[key] for key in wanted)  # type: ignore[index]
 
     def arguments(self, batch: Arguments) -> Arguments:
-        """What this branch reads of the fusion's arguments."""
+        """What this branch reads of the fusion's arguments; selected once per batch."""
         if self.inputs is None:
             return batch
-        return Arguments(self.select(batch.selected), self.label, batch.num_rows)
+        own = batch.parts.get(self)
+        if own is None:
+            own = Arguments(self.select(batch.selected), self.label, batch.num_rows)
+            batch.parts[self] = own
+        return own
 
     def call(self, arguments: Sequence[Any], rows: Sequence[int] | None = None) -> Any:
         """The module's output for what `select` selected.

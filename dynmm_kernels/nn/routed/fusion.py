@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ class RoutedFusion(Settings):
             checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
             return Decision(rule, probs=rule.probs(logits, self.temperature))
         choice, plan = rule.decide(logits, self)
-        checks.check_faults(logits, plan, wanted=rule.wanted)
+        plan.prefetch(partial(checks.check_faults, logits, wanted=rule.wanted))
         if not (learns or reports or self.select != 1):
             return Decision(rule, choice, plan)
         probs = rule.probs(logits, self.temperature)
@@ -231,4 +232,7 @@ def _obey(
         like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
         return uniform(len(everyone), num_branches, like)
     chosen = forced(choice, "choice", num_branches, size, device, generator)
+    if isinstance(choice, int):
+        counts = [len(chosen) if b == choice else 0 for b in range(num_branches)]
+        return Decision(TOP_ONE, chosen, sorting.route_counted(chosen, counts))
     return Decision(TOP_ONE, chosen, sorting.route(chosen, num_branches))
