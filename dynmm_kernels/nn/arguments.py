@@ -22,7 +22,7 @@ class Arguments:
         rows: positions of the per-sample leaves.
         num_rows: N; None where only Lazy leaves, or none, are per sample.
         device: of the tensors; None where there are none.
-        parts: what modules have selected of them, by module.
+        parts: what modules have selected of them, by module and whether a graph is recorded.
 
     Raises:
         ValueError: leaves that disagree on N. TypeError: leaves that cannot be split by row.
@@ -35,7 +35,7 @@ class Arguments:
     def __init__(self, selected: tuple[Any, ...], label: str, num_rows: int | None = None) -> None:
         self.selected = selected
         self.label = label
-        self.parts: dict[Any, Arguments] = {}
+        self.parts: dict[tuple[Any, bool], Arguments] = {}
         self.leaves, self.spec = tree.flatten(selected)
         self.rows, self.num_rows, self.device = tree.find_rows(self.leaves, label, num_rows)
         self.plain = tree.is_flat(self.spec) and len(self.rows) == len(self.leaves)

@@ -126,13 +126,14 @@ class Branch(nn.Module):
         return tuple(pack[key] for key in wanted)  # type: ignore[index]
 
     def arguments(self, batch: Arguments) -> Arguments:
-        """What this branch reads of the fusion's arguments; selected once per batch."""
+        """What this branch reads of the fusion's arguments; selected once, with a graph or not."""
         if self.inputs is None:
             return batch
-        own = batch.parts.get(self)
+        key = self, torch.is_grad_enabled()  # what is selected without a graph is of no use to one
+        own = batch.parts.get(key)
         if own is None:
             own = Arguments(self.select(batch.selected), self.label, batch.num_rows)
-            batch.parts[self] = own
+            batch.parts[key] = own
         return own
 
     def call(self, arguments: Sequence[Any], rows: Sequence[int] | None = None) -> Any:

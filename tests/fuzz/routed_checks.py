@@ -18,7 +18,8 @@ def learns(leaf: Any) -> bool:
 def weighted(model: Model) -> bool:
     """Whether outputs are multiplied by what need not be 0 or 1, or summed."""
     if model.choice is not None:
-        return isinstance(model.choice, str) and model.choice == "uniform"
+        several = isinstance(model.choice, Tensor) and model.choice.dtype == torch.bool
+        return several or (isinstance(model.choice, str) and model.choice == "uniform")
     return model.fusion.execution == "dense" or model.fusion.select != 1
 
 

@@ -153,9 +153,10 @@ def draw_branch(
 
 
 def draw_choice(draw: Draw, num_rows: int, num_branches: int) -> Any:
-    kind = draw.pick(
-        "choice", {"gate": 12, "int": 1, "tensor": 2, "with -1": 1, "random": 0.5, "uniform": 0.7}
-    )
+    kinds = {"gate": 12, "int": 1, "tensor": 2, "with -1": 1, "mask": 0.7}
+    kind = draw.pick("choice", kinds | {"random": 0.5, "uniform": 0.7})
+    if kind == "mask":
+        return draw.integers(0, 2, num_rows, num_branches) > 0
     if kind == "int":
         return draw.seed % num_branches
     if kind in ("tensor", "with -1"):

@@ -65,6 +65,9 @@ def forced_weights(model: Model, routing: Any, samples: slice) -> tuple[Tensor, 
     rows = len(range(model.num_rows)[samples])
     if isinstance(model.choice, str) and model.choice == "uniform":
         return torch.full((rows, count), 1 / count, dtype=like.dtype), None
+    if isinstance(model.choice, Tensor) and model.choice.dtype == torch.bool:
+        mask = model.choice[samples]
+        return mask.to(like), mask
     if isinstance(model.choice, int):
         choice = torch.full((rows,), model.choice)
     else:

@@ -29,7 +29,7 @@ from models import (
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynmm_kernels import Branch, Lazy, RoutedFusion, Routing, Shared, resource_loss
+from dynmm_kernels import Branch, Lazy, RoutedFusion, Routing, Shared, ops, resource_loss
 
 CHOICES = {
     "mixed": [0, 2, 1, 0, 2, 2, 1],
@@ -994,3 +994,70 @@ def test_the_gate_gets_what_is_shared_unwrapped(call):
     x = samples(4)
     fusion = RoutedFusion(Function(gate), branches, execution="routed")
     assert_close(call(fusion, x, Shared(table)), x)
+
+
+@pytest.mark.parametrize("select", [1, "multi_hot"])
+def test_what_a_callable_selects_keeps_its_graph(backend, select):
+    """Also where a branch runs without one first, on the samples it was not chosen for."""
+    x = torch.randn(6, FEATURES, dtype=torch.float64, requires_grad=True)
+    gate, branches = toy(3)
+    parts = [Branch(branch, inputs=lambda x: 2 * x) for branch in branches]
+    fusion = RoutedFusion(gate, parts, select=select)
+    grads = []
+    for execution in ("routed", "masked"):
+        fusion.execution = execution
+        grads.append(torch.autograd.grad(fusion(x).square().sum(), x))
+    torch.testing.assert_close(*grads)
+
+
+def test_as_many_choices_as_samples(backend):
+    """One sample takes both branches and one none: the rest of one is not what the other has."""
+    x = torch.randn(4, FEATURES, dtype=torch.float64)
+    logits = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]).double()
+    gate, branches = FixedGate(logits), [mlp(3) for _ in range(2)]
+    fusion = RoutedFusion(gate, branches, select="multi_hot")
+    modules = [gate, *branches]
+    routed = backward(fusion, modules, [x])
+    fusion.execution = "masked"
+    assert_same(routed, backward(fusion, modules, [x]))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_training_step_gathers_every_row_once(count, monkeypatch):
+    """With two branches, whose samples are each other's rest; the backward pass gathers its own."""
+    moved = []
+    kernels = ops.kernels()
+
+    class Counting:
+        def __getattr__(self, name):
+            def call(*arguments, **named):
+                result = getattr(kernels, name)(*arguments, **named)
+                if name == "gather_rows":
+                    moved.append(sum(len(rows) for rows in result))
+                return result
+
+            return call
+
+    monkeypatch.setattr(ops, "kernels", Counting)
+    _, branches = toy(count)
+    gate = choosing([n % count for n in range(32)], count)
+    x = torch.randn(32, FEATURES, dtype=torch.float64)
+    output, routing = RoutedFusion(gate, branches)(x, return_routing=True)
+    assert sum(moved) == (32 if count == 2 else 32 * count)
+    output.sum().backward()
+    assert routing.rows_run == (32,) * count
+
+
+def test_what_a_branch_writes_into_the_rows_of_others(backend):
+    """A write that no attribute tells of: the samples are gathered again."""
+    x = torch.randn(6, FEATURES, dtype=torch.float64)
+    gate, branches = toy(2)
+    writing = Function(lambda rows: rows.mul_(2) @ torch.ones(FEATURES, 3).double())
+    plain = Function(lambda rows: (rows * 2) @ torch.ones(FEATURES, 3).double())
+    choice = torch.tensor([0, 1, 1, 0, 1, 0])
+    gate = choosing(choice.tolist(), 2)
+    results = [
+        backward(RoutedFusion(gate, [branches[0], second]), [gate, branches[0]], [x.clone()])
+        for second in (writing, plain)
+    ]
+    assert_same(*results)

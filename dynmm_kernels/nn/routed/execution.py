@@ -124,6 +124,7 @@ class Routed:
         """Whether one branch's samples are the rest of the other, and nobody writes into them."""
         return (
             len(self.own) == len(self.branches) == 2
+            and self.plan.ranks == 1
             and not self.whole
             and self.plan.starts[2] == self.plan.num_rows
             and not any(branch.in_place for branch in self.branches)
