@@ -112,3 +112,42 @@ def combine(outputs, plan: Plan, zero, weights=None, cast: Callable = lambda x: 
 def fp32(value: float) -> float:
     """The fp32 nearest to a Python float; exact for sums and products of two fp32 numbers."""
     return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def logsumexp(row: Row) -> float:
+    top = max(row)
+    return top + math.log(math.fsum(math.exp(v - top) for v in row))
+
+
+def cross_entropy(row: Row, target) -> float:
+    """Of a class, or the mean of the binary ones of a label per class."""
+    if isinstance(target, int):
+        return logsumexp(row) - row[target]
+    pairs = zip(row, target, strict=True)
+    terms = [math.log1p(math.exp(-abs(v))) + max(v, 0) - v * y for v, y in pairs]
+    return math.fsum(terms) / len(row)
+
+
+def energy_fuse(logits, targets=None, present=None, weights="energy", scale=0.1):
+    """QMF, sample by sample: logits[m][n] are rows; fused, confidence and losses as lists."""
+    fused, confidence, losses = [], [], []
+    for n, rows in enumerate(zip(*logits, strict=True)):
+        here = [m for m in range(len(rows)) if present is None or present[n][m]]
+        own = {m: scale * logsumexp(rows[m]) for m in here}
+        if weights == "energy":
+            w = own
+        elif weights == "softmax":
+            w = {m: math.exp(own[m] - logsumexp([*own.values()])) for m in here}
+        elif weights == "uniform":
+            w = {m: 1 / len(here) for m in here}
+        else:
+            w = {m: weights[n][m] for m in here}
+        total = [math.fsum(w[m] * rows[m][c] for m in here) for c in range(len(rows[0]))]
+        fused.append(total)
+        confidence.append([own.get(m, 0.0) for m in range(len(rows))])
+        if targets is not None:
+            each = [
+                cross_entropy(rows[m], targets[n]) if m in own else 0.0 for m in range(len(rows))
+            ]
+            losses.append([*each, cross_entropy(total, targets[n])])
+    return fused, confidence, losses

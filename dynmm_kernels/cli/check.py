@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
             bad = [text for text in (_compare(name, op, case) for case in cases) if text]
             bad += [] if cases else ["nothing to compare"]
             failed += len(bad)
-            print(f"{name:<10} {op:<14} {len(cases)} cases  {'; '.join(bad) or 'ok'}")
+            print(f"{name:<10} {op:<17} {len(cases)} cases  {'; '.join(bad) or 'ok'}")
     print("check failed" if failed else "check passed")
     return 1 if failed else 0
 
@@ -70,7 +70,9 @@ def _on(device: str, argument: Any) -> Any:
 
 
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    if isinstance(result, Tensor):
+        return (result,)
+    return tuple(tensor for part in result for tensor in _as_tuple(part))
 
 
 def _cases(dtypes: list[torch.dtype]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -111,3 +113,15 @@ def _cases(dtypes: list[torch.dtype]) -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield "se_add_means", (main,)
                 yield "se_add_dots", (grad, main, main[:active])
                 yield "se_add_grads", (main, *factors)
+    for rows, classes in ((0, 3), (1, 2), (33, 101)):
+        for dtype in dtypes:
+            wide = ops.weight_dtype(dtype)
+            logits = [randn(rows, classes, dtype=dtype) for _ in range(3)]
+            present = randn(rows, 3) > -0.5
+            labels = torch.randint(classes, (rows,), generator=generator)
+            for targets in (labels, randn(rows, classes).sigmoid().to(wide)):
+                fused = (logits, targets, present, None, 0, 0.1)
+                yield "energy_fuse", fused
+                energies = ops.kernels().energy_fuse(*fused)[3]
+                grads = (logits[0], randn(rows, 3).to(wide), randn(rows, 4).to(wide))
+                yield "energy_fuse_grads", (*fused, False, energies, *grads)

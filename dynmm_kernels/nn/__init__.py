@@ -1,6 +1,8 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
+from .collate import Collated, collate_modalities
+from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
 from .losses import resource_loss
 from .quality import QualityHistory, quality_rank_loss
@@ -15,9 +17,12 @@ __all__ = [
     "Add",
     "Branch",
     "ChainedFusion",
+    "Collated",
     "Concat",
     "ConfidenceGate",
     "DepthRouting",
+    "EnergyFusion",
+    "EnergyOutput",
     "NestedFusion",
     "QualityHistory",
     "RoutedFusion",
@@ -25,6 +30,7 @@ __all__ = [
     "SEAdd",
     "Usage",
     "WeightedSum",
+    "collate_modalities",
     "exponential_temperature",
     "quality_rank_loss",
     "resource_loss",

@@ -152,9 +152,27 @@ def forced(
             f"{name} must be an int or a LongTensor [N], or 'random' or 'uniform'; got "
             f"{choice if isinstance(choice, str) else got!r}"
         )
-    if device is not None and choice.device != device:
-        raise ValueError(f"{name} must be on {device}, as the inputs are; got {choice.device}")
+    _check_device(choice, name, device)
     if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
         size = "N" if num_rows is None else num_rows
         raise ValueError(f"{name} must have shape [{size}]; got {list(choice.shape)}")
     return choice.long()
+
+
+def forced_mask(
+    choice: Tensor, name: str, num_choices: int, num_rows: int | None, device: torch.device | None
+) -> Tensor:
+    """A forced decision, bool [N, B], after checking that it is one of N samples."""
+    _check_device(choice, name, device)
+    rows = len(choice) if num_rows is None else num_rows
+    if list(choice.shape) != [rows, num_choices]:
+        raise ValueError(
+            f"{name} must have shape [N, B] = {[rows, num_choices]} where it is bool; got "
+            f"{list(choice.shape)}"
+        )
+    return choice
+
+
+def _check_device(choice: Tensor, name: str, device: torch.device | None) -> None:
+    if device is not None and choice.device != device:
+        raise ValueError(f"{name} must be on {device}, as the inputs are; got {choice.device}")

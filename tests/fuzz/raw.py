@@ -91,7 +91,9 @@ def compared(draw: Draw) -> str:
 
 
 def as_list(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in as_list(part)]
 
 
 def plan_of(draw: Draw, rows: int, ranks: int, branches: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -126,6 +128,10 @@ def draw_arguments(draw: Draw) -> tuple[str, list[Any]]:
     main_scale, aux_scale = floats(rows, 3, of=wide), floats(active, 3, of=wide)
     starts, stops = offsets[:-1], offsets[1:]
     scales = [main_scale[:active], aux_scale]
+    targets = draw.integers(0, 4, rows) if draw.pick("targets", (True, False)) else None
+    fused = [[floats(rows, 4), floats(rows, 4)], targets, draw.integers(0, 2, rows, 2) > 0, None, 1]
+    losses = None if targets is None else floats(rows, 3, of=wide)
+    incoming = [floats(rows, 4), floats(rows, 2, of=wide), losses]
     calls: dict[str, Callable[[], list[Any]]] = {
         "combine_rows": lambda: [outputs, starts, inverse, weights],
         "gather_rows": lambda: [[floats(rows, 4)] * 3, starts, stops, order, ranks, weights],
@@ -136,6 +142,8 @@ def draw_arguments(draw: Draw) -> tuple[str, list[Any]]:
         "se_add_means": lambda: [maps],
         "se_add_dots": lambda: [maps, floats(rows, 3, 2), aux],
         "se_add_grads": lambda: [maps, *scales, *scales],
+        "energy_fuse": lambda: [*fused, 0.1],
+        "energy_fuse_grads": lambda: [*fused, 0.1, False, floats(rows, 3, of=wide), *incoming],
     }
     arguments = calls[name]()
     return name, spoilt(draw, arguments)

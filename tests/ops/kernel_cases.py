@@ -6,9 +6,11 @@ with the reference: bit for bit where rows only move.
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
+from raw_calls import flat
 from tensors import (
     DTYPES,
     LAYOUTS,
@@ -62,9 +64,7 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
 def results(run: Run, op: str, *arguments: Any) -> list[tuple[Tensor, Tensor]]:
     """What `run` and what the reference makes of the arguments, result by result."""
     got, wanted = run(op, *arguments), reference(op, *arguments)
-    if isinstance(wanted, Tensor):
-        got, wanted = [got], [wanted]
-    return list(zip(got, wanted, strict=True))
+    return list(zip(flat(got), flat(wanted), strict=True))
 
 
 def check_moves(run: Run, op: str, *arguments: Any) -> None:
@@ -244,3 +244,37 @@ def check_se_add(
         ):
             for ours, theirs in results(run, op, *arguments):
                 torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=atol, equal_nan=True)
+
+
+def check_energy_fuse(
+    run: Run, dtype: torch.dtype, rows: int, classes: int, modalities: int
+) -> None:
+    """Within a few roundings; what is absent holds nan, and one class does not exist."""
+    wide = ops.weight_dtype(dtype)
+    present = torch.rand(rows, modalities) < 0.6
+    logits = [3 * random_values((rows, classes), dtype) for _ in range(modalities)]
+    poisoned = [row.masked_fill(~present[:, m, None], torch.nan) for m, row in enumerate(logits)]
+    placed_logits = [placed(row, m % 2, m) for m, row in enumerate(logits)]
+    named = torch.randint(0, classes, (rows,))
+    named[-1:] = classes
+    labels = torch.rand(rows, classes, dtype=wide)
+    weights = torch.randn(rows, modalities, dtype=wide)
+    grads = random_values((rows, classes), dtype), *torch.randn(2, rows, modalities + 1, dtype=wide)
+    for case, (targets, weighting) in enumerate(product((None, named, labels), range(4))):
+        given = weights if weighting == 3 else None
+        for own, mask in ((logits, None), (placed_logits, None), (poisoned, present)):
+            arguments = own, targets, mask, given, weighting, 0.1
+            assert_near(run, "energy_fuse", *arguments)
+            energies = reference("energy_fuse", *arguments)[3]
+            incoming = [grads[0], grads[1][:, :-1], None if targets is None else grads[2]]
+            if case % 3:
+                incoming[case % 3 - 1] = None
+            assert_near(run, "energy_fuse_grads", *arguments, case % 2 == 0, energies, *incoming)
+
+
+def assert_near(run: Run, op: str, *arguments: Any) -> None:
+    for ours, theirs in results(run, op, *arguments):
+        assert ours.stride() == theirs.stride()
+        largest = theirs.abs().nan_to_num(0).max().item() if theirs.numel() else 0.0
+        atol = 64 * torch.finfo(theirs.dtype).eps * max(1.0, largest)
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=atol, equal_nan=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynmm_kernels.ops import reference
+from dynmm_kernels.ops.checks import GIVEN
 from dynmm_kernels.ops.schemas import OPS
 
 Call = tuple[str, list[Any]]  # op, arguments
@@ -41,7 +42,14 @@ def outcome(run: Run, call: Call) -> list[Tensor] | str:
         results = run(op, *arguments)
     except RuntimeError as error:
         return str(error).splitlines()[0]
-    return [results] if isinstance(results, Tensor) else list(results)
+    return flat(results)
+
+
+def flat(results: Any) -> list[Tensor]:
+    """The tensors that an op returned, those in lists too."""
+    if isinstance(results, Tensor):
+        return [results]
+    return [tensor for result in results for tensor in flat(result)]
 
 
 def difference(run: Run, call: Call) -> str | None:
@@ -218,12 +226,44 @@ class Maker:
         active = self.random.randrange(shape[0] + 1)
         return [grad, *self.factors(4, (active, shape[1]), dtype)]
 
+    def energy_fuse(self) -> list[Any]:
+        rows, classes = self.size(), self.random.choice((1, 2, 3, 10, 67, 1025))
+        modalities, dtype = self.random.choice((1, 2, 2, 3, 8)), self.random.choice(FLOATS)
+        factors = self.factor_dtype(dtype)
+        targets = present = weights = None
+        kind = self.random.randrange(3)
+        if kind == 1:
+            targets = torch.randint(-1, classes + 1, (rows,), generator=self.torch)
+        if kind == 2:
+            targets = self.values((rows, classes), factors).sigmoid()
+        if self.random.random() < 0.5:
+            present = self.values((rows, modalities), torch.bool)
+        weighting = self.random.randrange(4)
+        if weighting == GIVEN:
+            weights = self.values((rows, modalities), factors)
+        logits = [self.values((rows, classes), dtype) for _ in range(modalities)]
+        return [logits, targets, present, weights, weighting, self.random.choice((0.1, 1.0))]
+
+    def energy_fuse_grads(self) -> list[Any]:
+        arguments = self.energy_fuse()
+        energies = reference.energy_fuse(*arguments)[3]
+        logits, targets = arguments[:2]
+        shapes = [(logits[0].shape, logits[0].dtype), (energies[:, 1:].shape, energies.dtype)]
+        if targets is not None:
+            shapes.append((energies.shape, energies.dtype))
+        grads = [
+            self.values(tuple(shape), dtype) if self.random.random() < 0.7 else None
+            for shape, dtype in shapes
+        ]
+        grads += [None] * (3 - len(grads))
+        return [*arguments, self.random.random() < 0.5, energies, *grads]
+
     def spoil(self, arguments: list[Any]) -> None:
         at = self.random.randrange(len(arguments))
         value = arguments[at]
         if isinstance(value, Tensor):
             arguments[at] = self.spoilt(value)
-        elif isinstance(value, int):
+        elif isinstance(value, int) and not isinstance(value, bool):
             arguments[at] = self.random.choice(NUMBERS)
         elif isinstance(value, list):
             arguments[at] = self.spoilt_list(value)

@@ -8,12 +8,16 @@ import raw_calls
 import torch
 from torch import Tensor
 
+from dynmm_kernels.ops.checks import ENERGY, GIVEN, SOFTMAX
 from dynmm_kernels.ops.schemas import OPS
 
 ORDER = torch.tensor([0, 2, 1, 3, 5, 4], dtype=torch.int32)
 INVERSE = torch.tensor([[0, 1], [4, -1], [2, 3]], dtype=torch.int32)
 X, MAPS = torch.randn(3, 4), torch.randn(3, 4, 2, 2)
 WEIGHTS, FACTORS = torch.rand(3, 2), torch.rand(2, 4)
+CLASSES, LABELS = torch.tensor([0, 3, 1]), torch.rand(3, 4)
+PRESENT = torch.tensor([[True, False], [False, False], [True, True]])
+ENERGIES = torch.stack([X.logsumexp(1), (X + 1).logsumexp(1), X.logsumexp(1) + 2], 1)
 
 GOOD: dict[str, tuple[Any, ...]] = {
     "route": (torch.tensor([[0, 1], [-1, 2]]), 3),
@@ -28,6 +32,17 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "se_add_means": (MAPS,),
     "se_add_dots": (MAPS, MAPS, MAPS[:2]),
     "se_add_grads": (MAPS, FACTORS, FACTORS, FACTORS, FACTORS),
+    "energy_fuse": ([X, X + 1], None, None, None, ENERGY, 0.1),
+    "energy_fuse, softmax, with classes": ([X, X + 1], CLASSES, PRESENT, None, SOFTMAX, 0.1),
+    "energy_fuse, given, with labels": ([X, X + 1], LABELS, None, WEIGHTS, GIVEN, 0.1),
+    "energy_fuse_grads": (
+        *([X, X + 1], CLASSES, PRESENT, None, ENERGY, 0.1, False),
+        *(ENERGIES, X, WEIGHTS, ENERGIES),
+    ),
+    "energy_fuse_grads, given, with labels": (
+        *([X, X + 1], LABELS, None, WEIGHTS, GIVEN, 0.1, True),
+        *(ENERGIES, None, None, ENERGIES),
+    ),
 }
 SPOILT_INTS = (-(2**62), -1, 0, 2**20 + 1, 2**62)
 
@@ -76,7 +91,11 @@ def spoilt(value: Any) -> Iterator[tuple[str, Any]]:
         yield from spoilt_tensors(value)
     elif isinstance(value, list):
         yield from spoilt_lists(value)
-    else:
+    elif value is None:
+        yield "a tensor", X
+    elif isinstance(value, float):
+        yield from ((str(number), number) for number in (0.0, -value, float("nan")))
+    elif not isinstance(value, bool):
         yield from ((str(number), number) for number in (*SPOILT_INTS, value - 1, value + 1))
 
 

@@ -98,25 +98,7 @@ class Routed:
         return whole
 
     def _run_rows(self, plan: RoutingPlan, wanted: Sequence[int]) -> list[Any]:
-        """The outputs of the branches `wanted` for the rows that `plan` gives them."""
-        size, counts = plan.num_rows, plan.counts
-        alone = [b for b in wanted if b not in self.whole and counts[b] < size]
-        arguments: list[tuple[Any, ...]] = []
-        if alone:
-            branches = [self.branches[b] for b in alone]
-            own = [branch.arguments(self.batch) for branch in branches]
-            copied = [branch.in_place for branch in branches]
-            arguments = gather_arguments(plan, alone, own, copied)
-            arguments.reverse()
-        outputs = []
-        for b in wanted:
-            if b in self.whole:
-                outputs.append(_rows_of(plan, b, self.whole[b]))
-            elif counts[b] == size:
-                outputs.append(self.branches[b].call_whole(self.batch, size))
-            else:
-                outputs.append(self.branches[b].call(arguments.pop()))  # freed once used
-        return outputs
+        return run_rows(self.branches, self.batch, plan, wanted, self.whole)
 
     def _run_rest(self) -> Rest:
         """Forward only: the gradient of these outputs is zero."""
@@ -184,6 +166,36 @@ class Routed:
         probs = self.decision.probs
         hidden = (lambda: [probs]) if self.decision.exact and probs is not None else None
         return movement.touch(combined, tensors, hidden, sparse)
+
+
+def run_rows(
+    branches: Sequence[Branch],
+    batch: Arguments,
+    plan: RoutingPlan,
+    wanted: Sequence[int],
+    whole: dict[int, Any],
+) -> list[Any]:
+    """The outputs of the branches `wanted` for the rows that `plan` gives them.
+
+    `whole`: outputs for the whole batch that are there already.
+    """
+    size, counts = plan.num_rows, plan.counts
+    alone = [b for b in wanted if b not in whole and counts[b] < size]
+    arguments: list[tuple[Any, ...]] = []
+    if alone:
+        own = [branches[b].arguments(batch) for b in alone]
+        copied = [branches[b].in_place for b in alone]
+        arguments = gather_arguments(plan, alone, own, copied)
+        arguments.reverse()
+    outputs = []
+    for b in wanted:
+        if b in whole:
+            outputs.append(_rows_of(plan, b, whole[b]))
+        elif counts[b] == size:
+            outputs.append(branches[b].call_whole(batch, size))
+        else:
+            outputs.append(branches[b].call(arguments.pop()))  # freed once used
+    return outputs
 
 
 def _rows_of(plan: RoutingPlan, branch: int, output: Any) -> Any:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ...functional import checks, sorting
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
-from ..decision import Decision, forced, uniform
+from ..decision import Decision, forced, forced_mask, uniform
 from ..gates import ask
 from ..routing import Routing
-from ..rules import TOP_ONE, rule_of
+from ..rules import MULTI_HOT, TOP_ONE, rule_of
 from ..settings import Settings
 from . import ways
 
@@ -105,7 +105,8 @@ class RoutedFusion(Settings):
             inputs: what the model takes: tensors [N, ...] in any nesting of lists, tuples and
                 dicts. `Shared` and `Lazy` mark what is not gathered, or only fetched when needed.
             choice: forces a hard decision, in any mode, and the gate is not run. An int: that
-                branch for all. A LongTensor [N]: one per sample, -1 for none (zero output).
+                branch for all. A LongTensor [N]: one per sample, -1 for none (zero output). A bool
+                tensor [N, B]: every branch that is True, summed, such as the modalities there are.
                 "random": each equally likely (DynMM's Stage I). "uniform": the mean of all.
             return_routing: also return the `Routing`.
             generator: for the gate noise, and for random choices.
@@ -180,6 +181,9 @@ def _obey(
 ) -> Decision:
     """A forced decision."""
     size, device = batch.num_rows, batch.device
+    if isinstance(choice, Tensor) and choice.dtype == torch.bool and choice.ndim == 2:
+        several = forced_mask(choice, "choice", num_branches, size, device)
+        return Decision(MULTI_HOT, several, sorting.route(several, num_branches))
     if isinstance(choice, str) and choice == "uniform":
         everyone = forced(0, "choice", num_branches, size, device)  # checks that N is known
         like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
