@@ -63,15 +63,6 @@ class MapLayout {
   std::vector<int64_t> strides_;
 };
 
-// Samples `stride` elements apart, as kernels see them.
-template <class T>
-struct Maps {
-  T* base;
-  int64_t stride;
-
-  DYNMM_HOST_DEVICE T* sample(int64_t n) const { return base + n * stride; }
-};
-
 // The samples of a tensor, brought to a layout.
 struct Samples {
   Tensor kept;
