@@ -26,7 +26,7 @@ done
 [ ${#stages[@]} -gt 0 ] ||
   stages=(build smoke correct kernels roofs host models sanitize triton)
 declare -A limit=([build]=150 [smoke]=60 [correct]=90 [kernels]=70 [roofs]=60 [host]=40
-  [models]=140 [sanitize]=90 [triton]=90)
+  [models]=140 [sanitize]=90 [triton]=150)
 
 [ -n "$out" ] || { [ ${#rehearse[@]} -gt 0 ] && out=build/rehearsal || out=benchmarks/results/gpu; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1

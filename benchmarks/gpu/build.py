@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ CHECK = "from dynmm_kernels import ops; print(ops.compiled{}.reason or 'built')"
 
 
 def state(suffix: str = "_cuda") -> str:
-    """ "built", or the reason why not; asked of a process of its own, which loads the library."""
+    """The word built, or the reason why not; asked of a process that then has it loaded."""
     command = [sys.executable, "-W", "ignore", "-c", CHECK.format(suffix)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return (run.stdout or run.stderr).strip() or f"exit status {run.returncode}"
@@ -30,6 +31,8 @@ def build() -> int:
 
 def machine() -> dict[str, object]:
     facts: dict[str, object] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    marks = runpy.run_path(str(ROOT / "dynmm_kernels/ops/fingerprint.py"))
+    facts["sources"] = marks["fingerprint"](ROOT / "csrc")
     facts["cores"] = len(os.sched_getaffinity(0))
     facts["there"] = [name for name in ("triton", "xdist") if importlib.util.find_spec(name)]
     if torch.cuda.is_available():

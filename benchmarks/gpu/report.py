@@ -46,11 +46,12 @@ def read(folder: Path) -> dict[str, list[Line]]:
 
 
 def report(stages: dict[str, list[Line]], limit: int = LINES) -> list[str]:
+    stages = defaultdict(list, stages)
     every = [line for lines in stages.values() for line in lines]
     said = []
     if any(line.get("rehearsal") for line in every):
         said += ["REHEARSAL without a GPU: no figure below is one of a GPU"]
-    said += machine(stages.get("build", []))
+    said += machine(stages["build"])
     ended = [line for line in every if "state" in line]
     said += folded([f"{line['stage']} {line['state']} {line['seconds']} s" for line in ended])
     said += troubles(every)[:12]
@@ -86,7 +87,7 @@ def machine(lines: list[Line]) -> list[str]:
     facts: Line = {}
     for line in lines:
         facts |= line
-    names = ("gpu", "torch", "python", "cores", "nvidia_smi", "cuda", "commit")
+    names = ("gpu", "torch", "python", "cores", "nvidia_smi", "cuda", "commit", "sources")
     return folded([f"{name} {facts[name]}" for name in names if name in facts])
 
 

@@ -11,6 +11,7 @@ from benchmarks.gpu.harvest import FAILED, ROOT, WRONG, begin, options
 
 CHOSEN = {"correct": "not triton and not reference", "triton": "triton"}
 WORKERS = {"correct": 6, "triton": 14}  # Triton compiles on the CPU, the GPU is shared
+SECONDS = {"correct": 60, "triton": 100}  # for one test
 
 
 def command(part: str) -> list[str]:
@@ -20,7 +21,7 @@ def command(part: str) -> list[str]:
     if importlib.util.find_spec("xdist"):
         line += ["-n", str(min(WORKERS[part], len(os.sched_getaffinity(0))))]
     if importlib.util.find_spec("pytest_timeout"):
-        line += ["--timeout", "60"]
+        line += ["--timeout", str(SECONDS[part])]
     return line
 
 
