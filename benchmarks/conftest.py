@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from benchmarks import contest
-from benchmarks.summary import STACK_COLUMNS, STACK_LEGEND, stack_rows, summary_rows, table
+from benchmarks.summary import (
+    STACK_COLUMNS,
+    STACK_LEGEND,
+    qmf_rows,
+    qmf_tables,
+    stack_rows,
+    summary_rows,
+    table,
+)
 from dynmm_kernels import __version__, ops
 from dynmm_kernels.measure.memory import keep_heap
 from dynmm_kernels.measure.timing import FULL, ONCE, QUICK
@@ -79,6 +87,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["summary"] = summary_rows(config.stash[OUTCOMES])
     output_json["stacks"] = stack_rows(config.stash[OUTCOMES])
+    output_json["qmf"] = qmf_rows(config.stash[OUTCOMES])
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -87,6 +96,7 @@ def pytest_terminal_summary(terminalreporter, config):
     sections = {
         "routing": table(summary_rows(config.stash[OUTCOMES])),
         "nested stacks": table(stack_rows(config.stash[OUTCOMES]), STACK_COLUMNS, STACK_LEGEND),
+        "qmf": qmf_tables(config.stash[OUTCOMES]),
     }
     for title, lines in sections.items():
         if lines:

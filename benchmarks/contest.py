@@ -19,7 +19,7 @@ class Row:
     compares_to: str | None = None
     """The row that does the same work without routing: the denominator of the overhead."""
     ceiling: float | None = None
-    """The speed-up over masked that its multiply-accumulates allow."""
+    """The speed-up over running everything that its multiply-accumulates allow."""
     memory: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     """What to count, in bytes, after the timing."""
 
@@ -66,9 +66,9 @@ class Outcome:
         rounds = zip(self.seconds[slow], self.seconds[fast], strict=True)
         return median(a / b for a, b in rounds)
 
-    def gains(self, row: str) -> dict[str, float | None]:
-        """What a row wins over masked, of how much it could win, and what routing itself costs."""
-        realised, ceiling = self.ratio("masked", row), self.ceilings[row]
+    def gains(self, row: str, over: str = "masked") -> dict[str, float | None]:
+        """What a row wins, of how much it could win, and what routing itself costs."""
+        realised, ceiling = self.ratio(over, row), self.ceilings[row]
         gains = {"realised": realised}
         if ceiling is not None:
             gains["ceiling"] = ceiling

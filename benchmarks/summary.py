@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import cascade, energy, history
 from benchmarks.contest import Outcomes
 from benchmarks.nested import StackSetting
 from benchmarks.problem import BARE, Setting
@@ -51,6 +52,86 @@ STACK_LEGEND = (
     "fused,",
     "without a gate. peak: of the memory that a run allocates.",
 )
+
+
+CASCADE_COLUMNS = {
+    "setting": ("setting", "{}"),
+    "row": ("row", "{}"),
+    "cascade_ms": ("cascade ms", "{:.1f}"),
+    "full_ms": ("full ms", "{:.1f}"),
+    "realised": ("speed-up", "{:.2f}"),
+    "ceiling": ("ceiling", "{:.2f}"),
+    "realised_over_ceiling": ("realised", "{:.0%}"),
+    "overhead": ("overhead", "{:.3f}"),
+    "rounds": ("rounds", "{}"),
+}
+
+CASCADE_LEGEND = (
+    "speed-up: full (both encoders on all samples, as QMF runs them) / cascade. forced: exits are",
+    "given, nothing is scored. overhead: cascade / bare (encoders, score, fusion on rows gathered",
+    "before).",
+)
+
+ENERGY_COLUMNS = {
+    "setting": ("setting", "{}"),
+    "ours_us": ("us", "{:.1f}"),
+    "torch_over_ours": ("torch/ours", "{:.2f}"),
+    "compiled_over_ours": ("compiled/ours", "{:.2f}"),
+    "ours_over_clone": ("ours/clone", "{:.2f}"),
+    "rounds": ("rounds", "{}"),
+}
+
+ENERGY_LEGEND = (
+    "losses: with targets. training: and backward. compiled: the PyTorch expression under "
+    "torch.compile",
+    "(--bench-compile). clone: copying the logits.",
+)
+
+HISTORY_COLUMNS = {
+    "setting": ("setting", "{}"),
+    "ours_us": ("us", "{:.1f}"),
+    "numpy_us": ("numpy us", "{:.1f}"),
+    "numpy_over_ours": ("numpy/ours", "{:.2f}"),
+    "rounds": ("rounds", "{}"),
+}
+
+HISTORY_LEGEND = ("A step: the losses of a batch recorded, the ranking loss of its confidences.",)
+
+# Name -> its settings, the rows that are ours, and how they are shown.
+QMF = {
+    "cascades": (cascade.CascadeSetting, cascade.OURS, CASCADE_COLUMNS, CASCADE_LEGEND),
+    "energy_fuse": (energy.EnergySetting, energy.OURS, ENERGY_COLUMNS, ENERGY_LEGEND),
+    "history": (history.HistorySetting, history.OURS, HISTORY_COLUMNS, HISTORY_LEGEND),
+}
+
+
+def qmf_rows(outcomes: Outcomes) -> dict[str, list[dict[str, Any]]]:
+    """By the names of `QMF`."""
+    return {
+        name: [
+            {
+                "setting": str(setting),
+                "row": row,
+                **setting.gains(outcome, row),
+                "rounds": len(outcome.seconds[row]),
+            }
+            for setting, outcome in outcomes.items()
+            if isinstance(setting, kind)
+            for row in ours
+            if row in outcome.seconds
+        ]
+        for name, (kind, ours, _, _) in QMF.items()
+    }
+
+
+def qmf_tables(outcomes: Outcomes) -> list[str]:
+    """One below the other."""
+    lines: list[str] = []
+    for name, rows in qmf_rows(outcomes).items():
+        _, _, columns, legend = QMF[name]
+        shown = table(rows, columns, legend)
+        lines += ["", *shown] if lines and shown else shown
+    return lines
 
 
 def stack_rows(outcomes: Outcomes) -> list[dict[str, Any]]:

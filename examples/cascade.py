@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynmm_kernels import Branch, CascadeFusion, branch_costs, deep_supervision_loss
 
-EPOCHS, BATCH = 30, 64
+EPOCHS, BATCH = 20, 64
 
 
 def stage(name: str, features: int, hidden: int) -> Branch:
@@ -43,12 +43,13 @@ def train(cascade: CascadeFusion, images: Tensor, targets: Tensor) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as small networks like it
     torch.manual_seed(0)
     digits = load_digits()
     order = torch.randperm(len(digits.target))
     images = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
     targets = torch.tensor(digits.target)[order]
-    stages = [stage("strip", 16, 32), stage("border", 48, 64), stage("image", 64, 512)]
+    stages = [stage("strip", 16, 32), stage("border", 48, 64), stage("image", 64, 256)]
     cascade = CascadeFusion(stages, fuse="mean")
     train(cascade, images[:1200], targets[:1200])
 

@@ -88,6 +88,17 @@ def check_logits(
     raise TypeError(f"{gate} must return floating logits {wanted}; got {got}")
 
 
+def check_choice(selection: Tensor, plan: RoutingPlan) -> None:
+    """Raises ValueError for the first value of a routed `selection` that names no branch."""
+    count, first = plan.faults
+    if count:
+        raise ValueError(
+            f"route: a choice must be in 0..{plan.num_branches - 1}, or -1 for no branch; got "
+            f"{selection.flatten()[first].tolist()} in row {first // plan.ranks} ({count} such in "
+            "all)"
+        )
+
+
 LOGITS = "logits must have a finite maximum and no nan"
 
 

@@ -26,10 +26,10 @@ class RoutingPlan:
     """
 
     __slots__ = (
+        "_check",
         "_counts",
         "_host",
         "_read",
-        "_unchecked",
         "header",
         "inverse",
         "num_branches",
@@ -45,16 +45,14 @@ class RoutingPlan:
         header: Tensor,
         num_branches: int,
         host_header: list[int] | None = None,
-        unchecked: Tensor | None = None,
     ) -> None:
-        """`unchecked`: the selection behind the plan, whose faults are raised with the counts."""
         self.order = order
         self.inverse = inverse
         self.header = header
         self.num_branches = num_branches
         self.num_rows, self.ranks = inverse.shape
         self._host = host_header
-        self._unchecked = unchecked
+        self._check: Callable[[RoutingPlan], None] | None = None
         self._read: Callable[[], list[int]] | None = None
         self._counts: tuple[int, ...] | None = None
 
@@ -71,23 +69,37 @@ class RoutingPlan:
         """The header on the host: the one synchronisation of a plan.
 
         Raises:
-            ValueError: `route` was given a value that names no branch.
+            ValueError: what was decided is at fault: `route` was given a value that names no
+                branch, or a gate returned a row that decides nothing.
         """
         if self._host is None:
-            self._host = self._wait()
-        if self._unchecked is not None:
-            self.check(self._unchecked)
+            read, self._read = self._read or host_copy(self.header), None
+            self._host = read()
+        if self._check is not None:
+            check, self._check = self._check, None
+            try:
+                check(self)
+            except ValueError:
+                self._check = check
+                raise
         return self._host
 
-    def prefetch(self) -> RoutingPlan:
-        """Starts the copy of the counts to the host, where they will be needed."""
-        if self._host is None and self._read is None:
+    def prefetch(self, check: Callable[[RoutingPlan], None] | None = None) -> RoutingPlan:
+        """Starts the copy of the counts to the host, where they will be needed.
+
+        `check` looks for faults: at once on the CPU, else when the counts are first read.
+        """
+        self._check = check
+        if self.header.is_cpu:
+            self.host_header  # noqa: B018 (it is checked now)
+        elif self._host is None and self._read is None:
             self._read = host_copy(self.header)
         return self
 
-    def _wait(self) -> list[int]:
-        read, self._read = self._read or host_copy(self.header), None
-        return read()
+    @property
+    def is_read(self) -> bool:
+        """Whether the host knows the counts already."""
+        return self._host is not None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -107,19 +119,6 @@ class RoutingPlan:
         """How many entries were faulty, and the first of them (-1: none)."""
         count, first = self.host_header[FAULTS:]
         return count, first
-
-    def check(self, selection: Tensor) -> None:
-        """Raises ValueError for the first value of `selection` that names no branch."""
-        if self._host is None:
-            self._host = self._wait()
-        count, first = self._host[FAULTS:]
-        if count:
-            raise ValueError(
-                f"route: a choice must be in 0..{self.num_branches - 1}, or -1 for no branch; got "
-                f"{selection.flatten()[first].tolist()} in row {first // self.ranks} ({count} such "
-                "in all)"
-            )
-        self._unchecked = None
 
     def rows(self, branch: int) -> Tensor:
         """int64 [n_b]: the samples of `branch`, ascending."""

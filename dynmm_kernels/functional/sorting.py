@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,10 +51,11 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             selection = torch.where(wide < 0, num_branches, wide)
     order, inverse, header = ops.serving().route(selection, num_branches)
     if not selection.is_cpu:
-        return RoutingPlan(order, inverse, header, num_branches, unchecked=given).prefetch()
+        plan = RoutingPlan(order, inverse, header, num_branches)
+        return plan.prefetch(partial(checks.check_choice, given))
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
     if plan.host_header[FAULTS]:
-        plan.check(given)
+        checks.check_choice(given, plan)
     return plan
 
 
@@ -95,6 +97,14 @@ def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
     order, inverse, header = ops.serving().route(selection, len(counts))
     starts = [0, *itertools.accumulate(counts)]
     return RoutingPlan(order, inverse, header, len(counts), [*starts, 0, -1])
+
+
+def route_from_host(selection: Tensor, num_branches: int, device: torch.device) -> RoutingPlan:
+    """The plan, on `device`, of int64 [N] on the host, all of it in 0..B-1: nobody waits."""
+    counts = torch.bincount(selection, minlength=num_branches).tolist()
+    if device.type == "cuda":
+        selection = selection.pin_memory()
+    return route_counted(selection.to(device, non_blocking=True), counts)
 
 
 def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:

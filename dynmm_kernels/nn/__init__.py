@@ -1,6 +1,7 @@
 """The upper floor: modules that know models, not kernels."""
 
 from .branch import Branch
+from .capture import Capture, CaptureReport
 from .cascade.calibration import Calibration
 from .cascade.fusion import CascadeFusion
 from .cascade.routing import CascadeRouting, deep_supervision_loss
@@ -9,6 +10,7 @@ from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
 from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
+from .replays import CudaGraphReplay, EagerReplay, Replay
 from .routed.fusion import RoutedFusion
 from .routing import DepthRouting, Routing
 from .stacks.chained import ChainedFusion
@@ -20,17 +22,22 @@ __all__ = [
     "Add",
     "Branch",
     "Calibration",
+    "Capture",
+    "CaptureReport",
     "CascadeFusion",
     "CascadeRouting",
     "ChainedFusion",
     "Collated",
     "Concat",
     "ConfidenceGate",
+    "CudaGraphReplay",
     "DepthRouting",
+    "EagerReplay",
     "EnergyFusion",
     "EnergyOutput",
     "NestedFusion",
     "QualityHistory",
+    "Replay",
     "RoutedFusion",
     "Routing",
     "SEAdd",

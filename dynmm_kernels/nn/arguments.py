@@ -22,16 +22,20 @@ class Arguments:
         rows: positions of the per-sample leaves.
         num_rows: N; None where only Lazy leaves, or none, are per sample.
         device: of the tensors; None where there are none.
+        parts: what modules have selected of them, by module.
 
     Raises:
         ValueError: leaves that disagree on N. TypeError: leaves that cannot be split by row.
     """
 
-    __slots__ = ("device", "label", "leaves", "num_rows", "plain", "rows", "selected", "spec")
+    __slots__ = (
+        *("device", "label", "leaves", "num_rows", "parts", "plain", "rows", "selected", "spec"),
+    )
 
     def __init__(self, selected: tuple[Any, ...], label: str, num_rows: int | None = None) -> None:
         self.selected = selected
         self.label = label
+        self.parts: dict[Any, Arguments] = {}
         self.leaves, self.spec = tree.flatten(selected)
         self.rows, self.num_rows, self.device = tree.find_rows(self.leaves, label, num_rows)
         self.plain = tree.is_flat(self.spec) and len(self.rows) == len(self.leaves)
@@ -41,6 +45,12 @@ class Arguments:
         if self.plain:
             return self.leaves
         return [self.leaves[i] for i in self.rows if isinstance(self.leaves[i], Tensor)]
+
+    def rows_at_hand(self) -> list[int] | None:
+        """`rows`; None where some of them are Lazy."""
+        if self.plain or not any(isinstance(self.leaves[i], tree.Lazy) for i in self.rows):
+            return self.rows
+        return None
 
     def held(self) -> list[Tensor]:
         """Every tensor that is here already, `Shared` ones too."""
@@ -105,13 +115,18 @@ def gather_arguments(
     arguments: Sequence[Arguments],
     copied: Sequence[bool],
 ) -> list[tuple[Any, ...]]:
-    """For each branch its arguments with only its own rows.
+    """For each of the arguments, these with the rows of one of the plan's branches.
 
-    All tensors of all branches move in one call; what a branch reads twice (q = k = v) moves once
-    and stays one tensor. `copied`: which branches may write into their arguments.
+    All tensors move in one call; what is read twice of the same rows (q = k = v) moves once and
+    stays one tensor.
+
+    Args:
+        branches: of the plan, one for each of the `arguments`.
+        copied: whether who gets them may write into them.
     """
     first, size = arguments[0], len(arguments[0].leaves)
-    if len(branches) > 1 and first.plain and all(own is first for own in arguments):
+    alike = first.plain and all(own is first for own in arguments)
+    if alike and 1 < len(branches) == len({*branches}):
         # The common case: every branch reads the same flat tensors.
         every = [i for _ in branches for i in range(size)]
         rows = movement.gather_rows(
@@ -123,9 +138,10 @@ def gather_arguments(
     index_of: dict[int, int] = {}
     index: list[int] = []
     owner: list[int] = []
-    places = []  # of each branch: which of what moves are its tensors
+    moved: dict[int, dict[int, int]] = {}  # of each branch's rows: where a tensor's are
+    places = []
     for branch, own in zip(branches, arguments, strict=True):
-        place_of: dict[int, int] = {}
+        place_of = moved.setdefault(branch, {})
         for tensor in own.tensors():
             key = id(tensor)
             if key not in place_of:

@@ -34,6 +34,8 @@ class Branch(nn.Module):
     """
 
     title: str | None = None  # what messages call it; None: branch, and its name
+    # Given the branch and what `call` is: (output,), or None where the module must be called.
+    replay: Callable[..., tuple[Any] | None] | None = None
 
     def __init__(
         self,
@@ -124,19 +126,29 @@ class Branch(nn.Module):
         return tuple(pack[key] for key in wanted)  # type: ignore[index]
 
     def arguments(self, batch: Arguments) -> Arguments:
-        """What this branch reads of the fusion's arguments."""
+        """What this branch reads of the fusion's arguments; selected once per batch."""
         if self.inputs is None:
             return batch
-        return Arguments(self.select(batch.selected), self.label, batch.num_rows)
+        own = batch.parts.get(self)
+        if own is None:
+            own = Arguments(self.select(batch.selected), self.label, batch.num_rows)
+            batch.parts[self] = own
+        return own
 
-    def call(self, arguments: Sequence[Any]) -> Any:
+    def call(self, arguments: Sequence[Any], rows: Sequence[int] | None = None) -> Any:
         """The module's output for what `select` selected.
 
+        `rows`: positions of its per-sample leaves, where they are known; a replay needs them.
         Hooks of the branch, its compiled form and a `forward` of a subclass are in use.
         The module's own exceptions are raised as they are, with a note that names the branch.
         """
         state = self.__dict__  # past Module.__getattr__, which is slow
         try:
+            replay = state.get("replay")
+            if replay is not None:
+                played = replay(self, arguments, rows)
+                if played is not None:
+                    return played[0]
             if (
                 state["_forward_pre_hooks"]
                 or state["_forward_hooks"]
@@ -158,14 +170,19 @@ class Branch(nn.Module):
         tensors = (tensor for table in self.tables for tensor in table.values())
         return [tensor for tensor in tensors if tensor is not None]
 
-    def call_reading(self, tensors: Iterable[Tensor], arguments: Sequence[Any]) -> Any:
+    def call_reading(
+        self,
+        tensors: Iterable[Tensor],
+        arguments: Sequence[Any],
+        rows: Sequence[int] | None = None,
+    ) -> Any:
         """`call` where others read `tensors`, too: the caller, the gate, other branches.
 
         Raises:
             ValueError: the module wrote into them.
         """
         before = versions(tensors)
-        output = self.call(arguments)
+        output = self.call(arguments, rows)
         if versions(tensors) != before:
             raise ValueError(
                 f"{self.label} must not write into its inputs, which others read as well; let its "
@@ -176,7 +193,8 @@ class Branch(nn.Module):
     def call_whole(self, batch: Arguments, num_rows: int | None) -> Any:
         """`call_reading` for all samples; a copy of them where it may write."""
         own = self.arguments(batch)
-        return self.call_reading(own.tensors(), own.whole(num_rows, copied=self.in_place))
+        arguments = own.whole(num_rows, copied=self.in_place)
+        return self.call_reading(own.tensors(), arguments, own.rows_at_hand())
 
     def read_from(self, batch: Arguments) -> list[Tensor]:
         """What its outputs depend on and requires grad: parameters, and tensors that it reads."""

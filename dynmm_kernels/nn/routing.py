@@ -28,6 +28,7 @@ class Routing:
             straight-through gradient runs without a graph.
         costs: cost per sample of each branch, or None where a branch has none.
         gate_cost: cost per sample of the gate; 0 where unknown or not run.
+        replays: calls of branches that were replayed and that were not; None without `capture`.
         selection: the rule that made `choice` out of logits.
     """
 
@@ -36,6 +37,7 @@ class Routing:
     rows_run: tuple[int, ...]
     costs: tuple[float, ...] | None
     gate_cost: float = 0.0
+    replays: tuple[int, int] | None = None
 
     @property
     def choice(self) -> Tensor | None:

@@ -46,6 +46,10 @@ class Usage:
     Args:
         window: samples; None: no warning.
 
+    Attributes:
+        replays: calls of branches that were replayed, and that ran eagerly although the fusion was
+            captured.
+
     Raises:
         ValueError: a window that is not a positive integer.
     """
@@ -65,6 +69,7 @@ class Usage:
         self._known_counts: tuple[int, ...] = ()  # of dense batches: on the host
         self._executed: float | None = 0.0
         self._expected: Tensor | float | None = 0.0
+        self.replays = (0, 0)
         self._start_window()
 
     def _start_window(self) -> None:
@@ -85,6 +90,9 @@ class Usage:
                 f"{num_branches}; use one Usage per fusion"
             )
         self._known_counts = self._known_counts or (0,) * num_branches
+        if routing.replays is not None:
+            hits, misses = self.replays
+            self.replays = hits + routing.replays[0], misses + routing.replays[1]
         if size == 0:
             return
         if counts is None:

@@ -3,6 +3,7 @@
 What a GPU adds (no hidden synchronisation anywhere else) is in test_gpu.py.
 """
 
+from functools import partial
 from weakref import ref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from models import FEATURES, toy
 
 from dynmm_kernels import RoutedFusion, combine, gather, ops
-from dynmm_kernels.functional import plan
+from dynmm_kernels.functional import checks, plan
 from dynmm_kernels.functional.plan import RoutingPlan
 
 
@@ -28,6 +29,13 @@ def waits(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(plan, "host_copy", host_copy)
     return waited
+
+
+def unread(choice: torch.Tensor) -> RoutingPlan:
+    """The plan that `route` leaves on a GPU, whose header is not on the CPU."""
+    made = RoutingPlan(*ops.kernels().route(choice, 2), 2)
+    made._check = partial(checks.check_choice, choice)
+    return made
 
 
 @pytest.mark.parametrize("gate_grad", ["straight_through", "selected", "none"])
@@ -53,7 +61,7 @@ def test_a_plan_in_use_never_waits_again(waits):
 def test_a_fault_is_raised_with_the_counts(waits):
     """As `route` leaves it on a GPU: nothing is read before somebody needs the counts."""
     choice = torch.tensor([0, 7, 1, -2])
-    made = RoutingPlan(*ops.kernels().route(choice, 2), 2, unchecked=choice)
+    made = unread(choice)
     assert not waits
     for _ in range(2):
         with pytest.raises(ValueError, match=r"got 7 in row 1 \(2 such in all\)"):
@@ -63,7 +71,7 @@ def test_a_fault_is_raised_with_the_counts(waits):
 
 def test_a_selection_is_let_go_once_it_was_checked(waits):
     choice = torch.tensor([0, 1, 1])
-    made, alive = RoutingPlan(*ops.kernels().route(choice, 2), 2, unchecked=choice), ref(choice)
+    made, alive = unread(choice), ref(choice)
     del choice
     assert alive() is not None
     assert made.counts == (1, 2)

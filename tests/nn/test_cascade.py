@@ -625,11 +625,13 @@ def test_infinite_thresholds(execution):
             assert cascade(x, return_routing=True)[1].counts == counts
 
 
+@pytest.mark.parametrize("execution", ["routed", "masked"])
 @pytest.mark.parametrize("threshold", [1.0, 1, [1.0], (1,), torch.tensor([1.0])])
-def test_a_score_at_the_threshold_leaves(threshold):
+def test_a_score_at_the_threshold_leaves(threshold, execution):
     cascade = CascadeFusion(
         [nn.Identity()] * 2, score=lambda x: x[:, 0], threshold=threshold, fuse="last"
     ).eval()
+    cascade.execution = execution
     with torch.no_grad():
         routing = cascade(torch.tensor([[1.0, 0], [0.999, 0]]), return_routing=True)[1]
     assert routing.choice.tolist() == [0, 1]
@@ -695,15 +697,34 @@ def test_more_stages_than_one_call_fuses():
         assert_close(cascade(x), 10 * 0.1 * x.logsumexp(1, True) * x)
 
 
-def test_autocast_may_end_in_different_dtypes():
+def test_a_store_behind_lazy_is_copied_for_stages_in_place():
+    stages = [Branch(nn.Identity(), inputs=[0]), Branch(nn.ReLU(inplace=True), inputs=[1])]
+    cascade, store = CascadeFusion(stages, fuse="last").eval(), -samples(2)
+    before = store.clone()
+    with torch.no_grad():
+        cascade(samples(4), Lazy(lambda rows: store), exit=torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(store, before)
+
+
+def test_scores_of_half_precision_are_taken_in_single():
+    cascade = CascadeFusion([nn.Identity(), nn.Identity()], fuse="last").eval()
+    x = samples().half()
+    with torch.no_grad():
+        for cascade.score in ("probability", "margin", "entropy", "energy"):
+            (actual, _), (expected, _) = cascade._run_all(x), cascade._run_all(x.double())
+            assert actual.dtype is torch.float32
+            torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fuse", ["energy", "mean", "last"])
+def test_autocast_may_end_in_different_dtypes(fuse):
     stages = [nn.Linear(FEATURES, CLASSES), Function(lambda x: x[:, :CLASSES])]
-    cascade, x = CascadeFusion(stages, fuse="last").eval(), samples(dtype=torch.float32)
+    cascade, x, results = CascadeFusion(stages, fuse=fuse).eval(), samples().float(), []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for execution in ("masked", "routed"):
-            cascade.execution = execution
-            output = cascade(x, exit=torch.arange(N) % 2)
-            assert output.dtype is torch.float32
-            assert torch.equal(output[1::2], x[1::2, :CLASSES])
+        for cascade.execution in ("masked", "routed"):
+            results.append(cascade(x, exit=torch.arange(N) % 2))
+    assert results[0].dtype is results[1].dtype is torch.float32
+    torch.testing.assert_close(*results, rtol=0.01, atol=0.01)
 
 
 def test_the_example_of_the_docstring():

@@ -33,6 +33,10 @@ WEIGHTED = [*FLOATS, torch.complex64]
 ROW_SHAPES = [(), (3,), (7, 5), (257,), (0,), (3, 0)]
 
 
+def run(op: str, *arguments):
+    return getattr(ops, op)(*arguments)
+
+
 def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
         return torch.complex(torch.randn(shape), torch.randn(shape)).to(dtype)
@@ -295,11 +299,62 @@ def test_no_output_has_rows():
 @pytest.mark.parametrize(("shape", "channels_last"), cases.MAPS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_se_add(dtype, shape, channels_last):
-    def run(op: str, *arguments):
-        return getattr(ops, op)(*arguments)
-
     for active in {0, min(1, shape[0]), shape[0]}:
         cases.check_se_add(run, dtype, shape, channels_last, active)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "modalities"), [(0, 3, 2), (1, 1, 2), (3, 40, 3), (5, 7, 1)]
+)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_energy_fuse(dtype, rows, classes, modalities):
+    cases.check_energy_fuse(run, dtype, rows, classes, modalities)
+
+
+def test_energy_fuse_of_as_many_as_it_takes():
+    cases.check_energy_fuse(run, torch.float32, 2, 3, 8)
+
+
+@pytest.mark.parametrize("tile", configs.CLASSES, ids=str)
+def test_every_tile_of_classes(tile):
+    """One row more than the tile has, and one class less, or more than the longest row held."""
+    classes = tile.units + (1 if tile == configs.CLASSES[-1] else -1)
+    cases.check_energy_fuse(run, torch.float32, tile.rows + 1, classes, 2)
+
+
+@pytest.mark.parametrize("classes", [4, 1024, 4104])
+def test_classes_in_step_with_wide_accesses(classes):
+    cases.check_energy_fuse(run, torch.float16, 1, classes, 1)
+
+
+@pytest.mark.parametrize("classes", [9, 3000])
+@pytest.mark.parametrize("first", [0.0, -1e3, -torch.inf, torch.inf, torch.nan])
+def test_energies_that_are_not_finite(first, classes):
+    """As torch.logsumexp, wherever in a row the infinity stands, and however low the row before."""
+    logits = torch.full((4, classes), first, dtype=torch.float64)
+    logits[1, -1], logits[2, -1], logits[3, -1] = 5.0, torch.inf, torch.nan
+    energies = run("energy_fuse", [logits], None, None, None, 0, 0.1)[3][:, 0]
+    torch.testing.assert_close(energies, logits.logsumexp(1), rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_small_losses_of_labels(dtype):
+    """log(1 + exp(-40)) is not lost beside 1."""
+    logits, labels = torch.full((1, 3), 40.0, dtype=dtype), torch.ones(1, 3, dtype=dtype)
+    losses = run("energy_fuse", [logits], labels, None, torch.ones(1, 1, dtype=dtype), 3, 0.1)[2]
+    torch.testing.assert_close(losses, torch.full_like(losses, math.exp(-40)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_energies_of_rows_that_are_given_once(dtype):
+    """Rows are read where they lie: also one row for all samples, and columns of wider tables."""
+    one, table = torch.randn(1, 5).to(dtype).expand(9, 5), torch.randn(9, 16).to(dtype)
+    gradient = torch.ones(1, 1).to(dtype).expand(9, 5)
+    for logits in ([one, table[:, 3:8]], [table[:, ::3][:, :5], table.t()[4:9].t()]):
+        cases.assert_near(run, "energy_fuse", logits, None, None, None, 1, 0.1)
+        energies = reference.energy_fuse(logits, None, None, None, 1, 0.1)[3]
+        arguments = [logits, None, None, None, 1, 0.1, False, energies, gradient, None, None]
+        cases.assert_near(run, "energy_fuse_grads", *arguments)
 
 
 def test_conjugate_and_negative_views():
@@ -314,10 +369,6 @@ def test_conjugate_and_negative_views():
 
 def test_raw_calls():
     """Right or wrong ones: refused in the words of the reference, or its result."""
-
-    def run(op: str, *arguments):
-        return getattr(ops, op)(*arguments)
-
     calls = [call for _, call in raw_list()] + list(raw_calls.random_calls(150, seed=0))
     for call in calls:
         if torch.bfloat16 not in raw_calls.dtypes(call):

@@ -1,5 +1,6 @@
 """The benchmark models cost what the papers' figures say, and the plans are exact."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines
+from benchmarks import baselines, qmf
 from benchmarks.ceilings import ceiling
 from benchmarks.contest import Contest, Row
 from benchmarks.workloads import (
@@ -18,7 +19,7 @@ from benchmarks.workloads import (
     planned_choice,
     planned_logits,
 )
-from dynmm_kernels import RoutedFusion
+from dynmm_kernels import RoutedFusion, branch_costs
 from dynmm_kernels.measure.memory import peak_bytes, saved_bytes
 from dynmm_kernels.measure.timing import ONCE
 
@@ -72,6 +73,54 @@ def test_imdb_costs_are_the_authors_constants():
     """The authors' table [1.25261, 10.86908] M is an expert plus the gate."""
     costs = WORKLOADS["imdb"].costs
     assert [round((cost + costs.gate) / 1e6, 5) for cost in costs.branches] == [1.25261, 10.86908]
+
+
+def qmf_macs(encoder, *inputs):
+    """In 1e9, of one sample."""
+    return branch_costs(encoder.to("meta"), tuple(x.to("meta") for x in inputs)) / 1e9
+
+
+@pytest.mark.parametrize(("tokens", "billions"), [(16, 1.36), (32, 2.74), (128, 11.2), (512, 48.3)])
+def test_qmf_text_costs_what_bert_base_does(tokens, billions):
+    inputs = qmf.texts_and_images(1, shortened=False, tokens=tokens)
+    counted = qmf_macs(qmf.TextEncoder(101, 12), inputs["ids"], inputs["mask"])
+    assert counted == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize(("resnet", "billions"), [("RESNET_18", 1.81), ("RESNET_152", 11.51)])
+def test_qmf_images_cost_what_resnets_do(resnet, billions):
+    image = torch.empty(1, 3, 224, 224)
+    counted = qmf_macs(qmf.ImageEncoder(101, *getattr(qmf, resnet)), image)
+    assert counted == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("pair", qmf.PAIRS)
+def test_shortened_pairs_keep_their_proportion(pair):
+    """Of the first encoder to the second, roughly; and both cost a third at most."""
+    paper, short = (qmf.cascade_costs(pair, shortened) for shortened in (False, True))
+    first, second = (costs.gate / costs.branches[1] for costs in (paper, short))
+    assert second == pytest.approx(first, rel=0.12)
+    assert short.gate < paper.gate / 3
+    assert short.branches[1] < paper.branches[1] / 3
+
+
+@pytest.mark.parametrize(
+    ("pair", "p", "tokens", "expected"),
+    [
+        ("text-image", 0.5, 16, 1.81),
+        ("text-image", 0.86, 16, 4.3),
+        ("text-image", 0.5, 32, 1.68),
+        ("rgb-d", 0.5, None, 1.33),
+        ("rgb-d", 1.0, None, 2.0),
+    ],
+)
+def test_qmf_ceilings(pair, p, tokens, expected):
+    """For texts of 16 tokens, and of the 32 that are timed."""
+    costs = qmf.cascade_costs(pair, shortened=False)
+    if tokens == 16:
+        costs = replace(costs, gate=1.36e9)
+    early = round(1000 * p)
+    assert ceiling(costs, (early, 1000 - early)) == pytest.approx(expected, rel=0.02)
 
 
 def test_trivial_costs():

@@ -128,7 +128,7 @@ class Survivors:
 
 
 class Routed:
-    """Each stage on the samples that no earlier one let go; there is at least one sample.
+    """Each stage on the samples that no earlier one let go.
 
     After stage s a sample is of level s where it leaves, and of level s + 1 where it goes on.
 

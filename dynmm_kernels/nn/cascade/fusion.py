@@ -116,7 +116,7 @@ class CascadeFusion(nn.Module):
         batch = Arguments(inputs, "CascadeFusion inputs")
         cascade = self._cascade()
         decision = None if exit is None else _obey(exit, len(cascade.stages), batch)
-        if self.training or self.execution == "masked" or batch.num_rows == 0:
+        if self.training or self.execution == "masked":
             outcome = run_everywhere(cascade, batch, decision, self.training)
         else:
             outcome = Routed(cascade, batch, decision).run()

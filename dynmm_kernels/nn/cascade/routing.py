@@ -24,8 +24,8 @@ class CascadeRouting(Routing):
         rows_run: samples that each stage processed: those that no stage before it let go; all N in
             training and in masked execution.
         costs: cost per sample of each stage, or None where a stage has none.
-        exits: where all stages ran on all samples (in training, when masked, in an empty batch),
-            the fused logits [N, C] after every stage, with their graph; else None.
+        exits: where all stages ran on all samples (in training and masked execution), the fused
+            logits [N, C] after every stage, with their graph; else None.
     """
 
     exits: tuple[Tensor, ...] | None = None

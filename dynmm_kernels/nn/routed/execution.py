@@ -13,7 +13,7 @@ from ...functional.plan import RoutingPlan
 from ..arguments import Arguments, gather_arguments
 from ..branch import Branch, forward_only
 from ..decision import Decision
-from ..memory import apart
+from ..memory import apart, versions
 
 Result = tuple[Any, tuple[int, ...]]  # the output, and the rows that each branch processed
 
@@ -31,11 +31,18 @@ def run_everywhere(branches: Sequence[Branch], batch: Arguments, decision: Decis
 
 
 class Rest(NamedTuple):
-    """What the branches say of the samples they were not chosen for."""
+    """What the branches say of the samples they were not chosen for.
+
+    Attributes:
+        slots: int32 [N, B], where a branch's row of a sample stands behind those of the plan.
+        starts: of the outputs, counted likewise.
+    """
 
     branches: list[int]
     outputs: list[Any]
-    plan: RoutingPlan
+    rows: list[int]
+    starts: list[int]
+    slots: Tensor
 
 
 class Routed:
@@ -74,8 +81,12 @@ class Routed:
         exact, learns = self.decision.exact, self.decision.grad is not None
         if learns:
             self.selected = self.decision.selected
-        rest = self._run_rest() if exact else None  # before a graph holds memory
-        outputs = self._run_rows(self.plan, self.own)
+        rest: Rest | None
+        if exact and self._are_mirrored():
+            outputs, rest = self._run_mirrored()
+        else:
+            rest = self._run_rest() if exact else None  # before a graph holds memory
+            outputs = self._run_rows(self.plan, self.own)
         if learns:
             combined, spec = self._learn(outputs, rest)
         else:
@@ -105,7 +116,35 @@ class Routed:
         plan = sorting.route_complement(self.plan, self.selected)
         rest = [b for b, count in enumerate(plan.counts) if count]
         with forward_only(self.branches[b] for b in rest):
-            return Rest(rest, self._run_rows(plan, rest), plan)
+            outputs = self._run_rows(plan, rest)
+        rows, starts = [plan.counts[b] for b in rest], [plan.starts[b] for b in rest]
+        return Rest(rest, outputs, rows, starts, plan.inverse)
+
+    def _are_mirrored(self) -> bool:
+        """Whether one branch's samples are the rest of the other, and nobody writes into them."""
+        return (
+            len(self.own) == len(self.branches) == 2
+            and not self.whole
+            and self.plan.starts[2] == self.plan.num_rows
+            and not any(branch.in_place for branch in self.branches)
+        )
+
+    def _run_mirrored(self) -> tuple[list[Any], Rest]:
+        """As `_run_rows` and `_run_rest`, of rows that were gathered once."""
+        plan, branches = self.plan, self.branches
+        first, second = (branch.arguments(self.batch) for branch in branches)
+        mine = (first, second)
+        chosen = gather_arguments(plan, [0, 1, 0, 1], [*mine, second, first], [False] * 4)
+        own, mirrored = chosen[:2], chosen[2:]  # the latter of the samples of 0, then of 1
+        tensors = tree.tensors_in(tree.flatten(mirrored)[0])
+        before = versions(tensors)
+        with forward_only(branches):
+            rest = [branches[1].call(mirrored[0]), branches[0].call(mirrored[1])]
+        if versions(tensors) != before:  # somebody wrote there after all
+            own = gather_arguments(plan, [0, 1], mine, [False] * 2)
+        outputs = [branch.call(rows) for branch, rows in zip(branches, own, strict=True)]
+        counts, starts = [*plan.counts], [*plan.starts[:2]]
+        return outputs, Rest([1, 0], rest, counts, starts, plan.inverse.expand(-1, 2))
 
     def _combine(self, outputs: list[Any]) -> tuple[list[Any], tree.Spec]:
         plan, own, weights = self.plan, self.own, self.decision.rank_weights
@@ -133,9 +172,9 @@ class Routed:
             last = plan.order.shape[0]  # the slots of the rest stand behind those of the plan
             others = [self.branches[b] for b in rest.branches]
             branches, outputs = branches + others, outputs + rest.outputs
-            rows += [rest.plan.counts[b] for b in rest.branches]
-            starts += [rest.plan.starts[b] + last for b in rest.branches]
-            other = rest.plan.inverse + last
+            rows += rest.rows
+            starts += [start + last for start in rest.starts]
+            other = rest.slots + last
 
             def hidden() -> list[Tensor]:
                 return [tensor for branch in others for tensor in branch.read_from(batch)]
@@ -189,11 +228,13 @@ def run_rows(
     size, counts = plan.num_rows, plan.counts
     alone = [b for b in wanted if b not in whole and counts[b] < size]
     arguments: list[tuple[Any, ...]] = []
+    own: list[Arguments] = []
     if alone:
         own = [branches[b].arguments(batch) for b in alone]
         copied = [branches[b].in_place for b in alone]
         arguments = gather_arguments(plan, alone, own, copied)
         arguments.reverse()
+        own.reverse()
     outputs = []
     for b in wanted:
         if b in whole:
@@ -201,7 +242,8 @@ def run_rows(
         elif counts[b] == size:
             outputs.append(branches[b].call_whole(batch, size))
         else:
-            outputs.append(branches[b].call(arguments.pop()))  # freed once used
+            rows = own.pop().rows_at_hand()
+            outputs.append(branches[b].call(arguments.pop(), rows))  # freed once used
     return outputs
 
 

@@ -43,7 +43,7 @@ def run_flat(gate: Branch, branches: list[Branch], inputs: tuple[Any, ...]) -> A
             counts.append(stop - start)
             start = stop
     if len(chosen) == 1:
-        output = chosen[0].call_reading(inputs, inputs)
+        output = chosen[0].call_reading(inputs, inputs, range(len(inputs)))
         held = [*inputs, *chosen[0].buffers_held()]
         if checks.single_tensors_fit((output,), counts, device):
             return apart(output, held)
@@ -51,7 +51,8 @@ def run_flat(gate: Branch, branches: list[Branch], inputs: tuple[Any, ...]) -> A
         return tree.unflatten([apart(column[0], held) for column in columns], spec)
     rows = movement.gather_flat(order, inputs, starts, stops)
     rows.reverse()
-    outputs = [branch.call(rows.pop()) for branch in chosen]  # a branch's rows are freed once used
+    every = range(len(inputs))
+    outputs = [branch.call(rows.pop(), every) for branch in chosen]  # rows are freed once used
     if _are_rows(outputs, counts):
         try:
             return movement.combine_flat(inverse, outputs, starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from ...functional import checks, sorting
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
+from ..capture import Capture
 from ..decision import Decision, forced, forced_mask, uniform
 from ..gates import ask
+from ..replays import Replay
 from ..routing import Routing
 from ..rules import MULTI_HOT, TOP_ONE, rule_of
 from ..settings import Settings
@@ -58,6 +61,8 @@ class RoutedFusion(Settings):
         >>> output.shape, routing.counts
         (torch.Size([4, 3]), (3, 1))
     """
+
+    captured: Capture | None = None
 
     def __init__(
         self,
@@ -120,6 +125,7 @@ class RoutedFusion(Settings):
             if output is not None:
                 return output
         batch, branches = Arguments(inputs, "RoutedFusion inputs"), part(self, "branches").all()
+        before = self.captured.counts() if return_routing and self.captured else None
         if choice is None:
             decision = self._decide(batch, len(branches), return_routing, generator)
         else:
@@ -133,6 +139,7 @@ class RoutedFusion(Settings):
             rows_run=rows_run,
             costs=self.costs(),
             gate_cost=(self.gate.cost or 0.0) if choice is None else 0.0,
+            replays=None if before is None else self.captured.since(before),  # type: ignore[union-attr]
         )
 
     def _decide(
@@ -155,7 +162,7 @@ class RoutedFusion(Settings):
             checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
             return Decision(rule, probs=rule.probs(logits, self.temperature))
         choice, plan = rule.decide(logits, self)
-        checks.check_faults(logits, plan, wanted=rule.wanted)
+        plan.prefetch(partial(checks.check_faults, logits, wanted=rule.wanted))
         if not (learns or reports or self.select != 1):
             return Decision(rule, choice, plan)
         probs = rule.probs(logits, self.temperature)
@@ -169,6 +176,42 @@ class RoutedFusion(Settings):
         super().__setattr__(name, value)
         if name in ("select", "gate_returns") and "select" in self.__dict__:
             self.rule = rule_of(self.select, len(self.branches), self.gate_returns)
+
+    def capture(self, *example: Any, max_rows: int, replay: Replay | None = None) -> Capture:
+        """Records the branches as CUDA graphs, to be replayed where launching them costs most.
+
+        For eval without gradients. One graph per branch and bucket of rows: powers of two, and
+        `max_rows`. Calls with more rows, or of another kind, run eagerly; the `Capture` counts
+        them with their reasons, and `Usage.replays` both. A branch whose parameters are moved or
+        replaced is recorded again; what is loaded into them is simply used. Calls that are not
+        recorded yet are slow once, and wait for the device.
+
+        Args:
+            example: the arguments of a call; all buckets are recorded now. None: each at its first
+                use, for the kind of inputs (shapes but for the rows, dtypes, layout, autocast)
+                that a branch is called with first.
+            max_rows: of the largest bucket. A branch keeps tensors for twice as many rows at most.
+            replay: how recorded calls run again; default `CudaGraphReplay()`.
+
+        Raises:
+            ValueError: a branch that cannot be replayed, and why: it is in train mode, has hooks
+                or a BatchNorm over the batch, or reads a `Lazy` input; given an example, also one
+                that draws random numbers, writes into its buffers or attributes, or waits for the
+                device. No GPU and no `replay`.
+        """
+        self.release()
+        captured = Capture(part(self, "branches").all(), max_rows, replay)
+        if example:
+            captured.record(Arguments(example, "the example of capture"))
+        captured.attach()
+        self.captured = captured
+        return captured
+
+    def release(self) -> None:
+        """Frees what `capture` recorded; the branches run eagerly again."""
+        if self.captured is not None:
+            self.captured.release()
+        self.captured = None
 
     def costs(self) -> tuple[float, ...] | None:
         """Cost per sample of each branch; None where a branch has none."""
@@ -189,4 +232,7 @@ def _obey(
         like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
         return uniform(len(everyone), num_branches, like)
     chosen = forced(choice, "choice", num_branches, size, device, generator)
+    if isinstance(choice, int):
+        counts = [len(chosen) if b == choice else 0 for b in range(num_branches)]
+        return Decision(TOP_ONE, chosen, sorting.route_counted(chosen, counts))
     return Decision(TOP_ONE, chosen, sorting.route(chosen, num_branches))

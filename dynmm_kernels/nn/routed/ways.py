@@ -18,7 +18,15 @@ def run(
 ) -> Result:
     """The output, and the rows that each branch processed."""
     plan = decision.plan
-    if plan is None or settings.execution == "masked" or not any(plan.counts):
+    if plan is None or settings.execution == "masked":
+        result = run_everywhere(branches, batch, decision)
+        if plan is not None:
+            plan.host_header  # noqa: B018 (what is at fault is raised)
+        return result
+    if not plan.is_read:  # meanwhile, what needs no counts
+        for branch in branches:
+            branch.arguments(batch)
+    if not any(plan.counts):
         return run_everywhere(branches, batch, decision)
     return Routed(branches, batch, decision, settings.batch_norm == "subset").run()
 

@@ -19,6 +19,10 @@ MOVE = (Tile(128, 8, 4), Tile(32, 64, 4), Tile(4, 512, 4), Tile(1, 2048, 4))
 SUM = (Tile(128, 8, 4), Tile(16, 64, 4), Tile(2, 512, 4), Tile(1, 1024, 4))
 DOT = (Tile(64, 16, 4), Tile(8, 128, 4), Tile(1, 1024, 4))
 SPAN = (Tile(128, 16, 4), Tile(32, 64, 4))  # pixels x channels of one sample
+CLASSES = (  # in words of 4 bytes
+    *(Tile(32, 8, 4), Tile(8, 32, 4), Tile(4, 128, 4), Tile(2, 512, 4), Tile(1, 1024, 4)),
+    *(Tile(1, 2048, 8), Tile(1, 4096, 16)),
+)
 ARGMAX = (Tile(128, 8, 4), Tile(16, 64, 4))
 
 SPAN_STEPS = 16  # tiles of pixels that one program sums before more programs are asked for
