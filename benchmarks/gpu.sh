@@ -1,69 +1,97 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under ten minutes:
-#   benchmarks/gpu.sh [-o FOLDER] [STAGE ...]     stages: build info test repeat sanitize bench plot
-# Builds without a network into the current environment (torch, triton, pytest, pytest-benchmark and
-# ninja must be there). Each stage reports, the next one runs in any case; JSON, logs and figures lie
-# in FOLDER. The exit status is the number of stages that failed.
+# All that needs a GPU, in ten minutes, what is worth most first:
+#   benchmarks/gpu.sh [--rehearse] [-o FOLDER] [-t SECONDS] [STAGE ...]
+# Stages: build smoke correct kernels roofs host models sanitize triton. Each has its own limit and
+# appends to FOLDER/harvest.jsonl and FOLDER/harvest.log as it works; in the end all of it and the
+# libraries are packed into FOLDER/harvest.tgz, and a table is printed. Once a result is wrong,
+# nothing is timed any more: only the sanitizer still runs, over the ops that are wrong. A later
+# run that finds the libraries of an earlier one in dynmm_kernels/ does not build again.
+# --rehearse runs every stage without a GPU: small, in a copy of the sources, with stubs for ncu and
+# compute-sanitizer. The exit status is the number of stages that did not end well.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
-out=benchmarks/results/gpu
-if [ "${1:-}" = "-o" ]; then
-  out=$2
-  shift 2
-fi
-stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(build info test repeat sanitize bench plot)
-mkdir -p "$out"
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(python -c \
-  'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
+usage() { sed -n '2,4p' benchmarks/gpu.sh >&2; exit 2; }
 
-stage_build() { pip install --no-build-isolation --no-deps --force-reinstall -v .; }
-
-stage_info() {
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
-  python -m dynmm_kernels info && DYNMM_BACKEND=cuda python -m dynmm_kernels info --json >"$out/info.json"
-  python -m dynmm_kernels check
-}
-
-stage_repeat() { python -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py -k "same_bits"; }
-
-stage_test() { python -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py -k "not same_bits"; }
-
-# A reduced set: one size of each kind, without the loops that last long under instrumentation.
-stage_sanitize() {
-  local failed=0 some=()
-  for case in "route[cuda-33-8]" "route[cuda-16385-8]" "faults[cuda-1025]" \
-    "route_argmax[cuda-1025-dtype1]" "sizes[cuda-33-1024]" "arithmetic[cuda-dtype1-64]" \
-    "arithmetic[cuda-dtype1-70000]"; do
-    some+=("tests/ops/test_gpu.py::test_$case")
-  done
-  for tool in memcheck racecheck initcheck synccheck; do
-    timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python -m pytest -q -x -p no:cacheprovider "${some[@]}" || { echo "$tool: failed"; failed=1; }
-  done
-  return $failed
-}
-
-stage_bench() {
-  timeout 240 python -m pytest benchmarks/ --benchmark-only -q -p no:cacheprovider \
-    --benchmark-json "$out/results.json"
-}
-
-stage_plot() { python -m dynmm_kernels plot "$out/results.json" -o "$out/speedup.png"; }
-
-failures=0
-summary=""
-for stage in "${stages[@]}"; do
-  began=$SECONDS
-  printf '\n=== %s\n' "$stage"
-  if "stage_$stage" 2>&1 | tee "$out/$stage.log"; then
-    state=ok
-  else
-    state=FAILED
-    failures=$((failures + 1))
-  fi
-  summary+=$(printf '%-10s %-7s %4d s' "$stage" "$state" $((SECONDS - began)))$'\n'
+python=${PYTHON:-python3} out='' total=570 rehearse=() stages=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --rehearse) rehearse=(--rehearse) ;;
+    -o | -t) [ $# -gt 1 ] || usage; [ "$1" = -o ] && out=$2 || total=$2; shift ;;
+    build | smoke | correct | kernels | roofs | host | models | sanitize | triton) stages+=("$1") ;;
+    *) usage ;;
+  esac
+  shift
 done
-printf '\n%s' "$summary" | tee "$out/summary.txt"
-exit $failures
+[ ${#stages[@]} -gt 0 ] ||
+  stages=(build smoke correct kernels roofs host models sanitize triton)
+declare -A limit=([build]=150 [smoke]=60 [correct]=90 [kernels]=70 [roofs]=60 [host]=40
+  [models]=140 [sanitize]=90 [triton]=150)
+
+[ -n "$out" ] || { [ ${#rehearse[@]} -gt 0 ] && out=build/rehearsal || out=benchmarks/results/gpu; }
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+rm -f "$out"/harvest.* "$out"/table.txt "$out"/results.json
+log=$out/harvest.log
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+echo "{\"stage\": \"build\", \"commit\": \"$commit\"}" >"$out/harvest.jsonl"
+
+if [ ${#rehearse[@]} -gt 0 ]; then
+  copy=$(mktemp -d)
+  trap 'rm -rf "$copy"' EXIT
+  cp -r benchmarks csrc dynmm_kernels tests setup.py pyproject.toml README.md "$copy"
+  rm -f "$copy"/dynmm_kernels/*.so
+  cd "$copy" || exit 1
+  export OMP_NUM_THREADS=1 # nothing here is large enough for more
+  for stage in "${!limit[@]}"; do limit[$stage]=$((2 * limit[$stage])); done
+fi
+
+export PYTHONUNBUFFERED=1
+failures=0 stop='' only=''
+told() { # stage, state, seconds
+  echo "{\"stage\": \"$1\", \"state\": \"$2\", \"seconds\": $3}" >>"$out/harvest.jsonl"
+  printf '%-9s %-8s %4d s\n' "$1" "$2" "$3"
+}
+
+for stage in "${stages[@]}"; do
+  began=$SECONDS left=$((total - SECONDS - 15))
+  module=benchmarks.gpu.$stage extra=()
+  case $stage in
+    correct | triton) module=benchmarks.gpu.suite extra=("$stage") ;;
+    sanitize) extra=(--only "$only") ;;
+  esac
+  if [ "$stop" = build ] || { [ "$stop" = wrong ] && [ "$stage" != sanitize ]; }; then
+    told "$stage" skipped 0
+    continue
+  elif [ "$left" -lt 5 ]; then
+    told "$stage" 'no time' 0
+    failures=$((failures + 1))
+    continue
+  fi
+  seconds=$((left < limit[$stage] ? left : limit[$stage]))
+  printf '\n=== %s, at most %d s\n' "$stage" "$seconds" >>"$log"
+  timeout -s INT -k 15 "$seconds" "$python" -m "$module" "${extra[@]}" "$out" "${rehearse[@]}" \
+    >>"$log" 2>&1
+  status=$?
+  state=ok
+  case $status in
+    0) ;;
+    3) state=WRONG ;;
+    124 | 137) state=cut ;;
+    *) state=FAILED ;;
+  esac
+  told "$stage" "$state" $((SECONDS - began))
+  [ "$status" = 0 ] && continue
+  failures=$((failures + 1))
+  tail -n 4 "$log" | cut -c1-200
+  if [ "$stage" = build ]; then
+    stop=build
+  elif [ "$state" = WRONG ]; then
+    stop=wrong only=$("$python" -m benchmarks.gpu.report "$out" --wrong)
+  fi
+done
+
+"$python" -m benchmarks.gpu.report "$out"
+mapfile -t found < <(cd "$out" && ls)
+mapfile -t libraries < <(cd dynmm_kernels && ls ./*.so 2>/dev/null)
+tar czf "$out/harvest.tgz" -C "$out" "${found[@]}" -C "$PWD/dynmm_kernels" "${libraries[@]}"
+exit "$failures"

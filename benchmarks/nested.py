@@ -33,6 +33,7 @@ class StackSetting:
     mix: str
     training: bool
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         step = "Stage-I step" if self.training else "forward"
@@ -62,11 +63,12 @@ class StackProblem:
     def __init__(self, setting: StackSetting):
         torch.manual_seed(0)
         self.setting = setting
-        self.net = SegmentationNet(setting.kind).to(setting.device).train(setting.training)
+        where = {"device": setting.device, "dtype": setting.dtype}
+        self.net = SegmentationNet(setting.kind).to(**where).train(setting.training)
         freeze_batch_norm(self.net)
         size = (setting.height, setting.height * 4 // 3)
-        self.rgb = torch.randn(setting.n, 3, *size, device=setting.device)
-        self.depth = torch.randn(setting.n, 1, *size, device=setting.device)
+        self.rgb = torch.randn(setting.n, 3, *size, **where)
+        self.depth = torch.randn(setting.n, 1, *size, **where)
         self.target = torch.randint(0, 40, (setting.n, *size), device=setting.device)
         self.paths = planned_depths(setting.n, setting.mix).to(setting.device)
         gate = PlannedGate(self.net.gate, planned_logits(self.paths, PATHS))
@@ -86,10 +88,9 @@ class StackProblem:
 
     def masked(self) -> Tensor:
         main, aux = self.net.stems(self.rgb, self.depth)
-        if self.setting.training:
-            weights = F.one_hot(self.paths, PATHS).float()  # Stage I: a random policy
-        else:
-            weights = F.one_hot(self.gate(main, aux).argmax(1), PATHS).float()
+        random_policy = self.setting.training  # Stage I
+        paths = self.paths if random_policy else self.gate(main, aux).argmax(1)
+        weights = F.one_hot(paths, PATHS).to(main.dtype)
         return self.net.decode(self.net.masked(main, aux, weights))
 
     def routed(self) -> Tensor:
@@ -214,7 +215,7 @@ class StackProblem:
 
 
 def contest(setting: StackSetting) -> Contest:
-    """Rows in fp32; tests/project/test_nyud.py compares in fp64."""
+    """Rows in one dtype; tests/project/test_nyud.py compares in fp64."""
     problem = StackProblem(setting)
     errors = dict.fromkeys(ROWS, problem.error())
-    return Contest(problem.rows(), errors, TOLERANCE[torch.float32], setting.device)
+    return Contest(problem.rows(), errors, TOLERANCE[setting.dtype], setting.device)
