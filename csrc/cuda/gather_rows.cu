@@ -32,7 +32,7 @@ __device__ void move_tile(const TiledMove& move, uint32_t ranks, const Convert& 
   T value[kUnroll];
   int32_t entry[kUnroll];
   int64_t row, unit;
-  const int64_t block = blockIdx.x - move.first_block;
+  const auto block = static_cast<uint32_t>(blockIdx.x - move.first_block);
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     if (!locate(move.tiling, block, threadIdx.x + i * kThreads, move.rows, &row, &unit)) continue;

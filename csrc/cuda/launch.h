@@ -100,14 +100,17 @@ struct Tiling {
 };
 
 // Where piece `q` of tile `block` lies: the row, and the unit within the row; false: outside.
-__device__ inline bool locate(const Tiling& tiling, int64_t block, int q, int64_t rows,
-                              int64_t* row, int64_t* unit) {
-  const int64_t row_tile = block / tiling.row_tiles;
-  const int64_t column_tile = block - row_tile * tiling.row_tiles;
-  const uint32_t local = static_cast<uint32_t>(q) / static_cast<uint32_t>(tiling.columns);
-  *row = row_tile * tiling.tile_rows + local;
-  *unit = column_tile * tiling.columns + (q - static_cast<int64_t>(local) * tiling.columns);
-  return local < static_cast<uint32_t>(tiling.tile_rows) && *row < rows && *unit < tiling.units;
+template <class Index>
+__device__ bool locate(const Tiling& tiling, uint32_t block, int q, int64_t rows, int64_t* row,
+                       Index* unit) {
+  const auto row_tiles = static_cast<uint32_t>(tiling.row_tiles);
+  const auto columns = static_cast<uint32_t>(tiling.columns);
+  const uint32_t row_tile = block / row_tiles, column_tile = block - row_tile * row_tiles;
+  const uint32_t local = static_cast<uint32_t>(q) / columns;
+  *row = static_cast<int64_t>(row_tile) * tiling.tile_rows + local;
+  *unit = static_cast<Index>(column_tile) * columns + (q - local * columns);
+  return local < static_cast<uint32_t>(tiling.tile_rows) && *row < rows &&
+         *unit < static_cast<Index>(tiling.units);
 }
 
 }  // namespace dynmm

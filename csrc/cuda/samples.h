@@ -11,6 +11,12 @@ __device__ Unit<T, kValues>& unit_of(const Maps<T>& maps, int64_t n, int64_t ele
   return *reinterpret_cast<Unit<T, kValues>*>(maps.sample(n) + element);
 }
 
+// Sample n in units of kValues values.
+template <int kValues, class T>
+__device__ const Unit<T, kValues>* units_of(const Maps<T>& maps, int64_t n) {
+  return reinterpret_cast<const Unit<T, kValues>*>(maps.sample(n));
+}
+
 // Whether the channels of a pixel lie together. Those of a single pixel do in every layout.
 inline bool channels_last(const MapLayout& layout) { return layout.last || layout.pixels == 1; }
 

@@ -7,100 +7,177 @@
 namespace dynmm {
 namespace {
 
-// The factors [C] of the values from element `first` of a sample on. With channels last they lie
-// together; else one unit may cover the end of a channel and the beginning of the next.
-template <bool kLast, int kValues, class A>
-__device__ void factors_of(const A* factors, int64_t channels, int64_t pixels, int64_t first,
-                           A (&of)[kValues]) {
-  if constexpr (kLast) {
-    constexpr int kPiece = kValues < kWideValues<A> ? kValues : kWideValues<A>;
-    const auto* pieces = reinterpret_cast<const Unit<A, kPiece>*>(factors + first % channels);
-#pragma unroll
-    for (int i = 0; i < kValues / kPiece; ++i) {
-      const Unit<A, kPiece> piece = pieces[i];
-#pragma unroll
-      for (int v = 0; v < kPiece; ++v) of[i * kPiece + v] = piece.value[v];
-    }
-  } else {
-    int64_t channel = first / pixels, left = pixels - first % pixels;
-    A factor = factors[channel];
-#pragma unroll
-    for (int v = 0; v < kValues; ++v, --left) {
-      if (left == 0) {
-        factor = factors[++channel];
-        left = pixels;
-      }
-      of[v] = factor;
+// What the values of one unit share: a channel, two neighbouring channels at most, or a pixel.
+enum class Share { kChannel, kChannels, kPixel };
+
+template <Share kShare>
+constexpr std::integral_constant<Share, kShare> kShared{};
+constexpr std::integral_constant<int, 1> kOne{};
+
+constexpr int64_t kMostNarrow =
+    INT32_MAX;  // values of a sample within which 32 bits tell the place
+
+// Where a unit lies among the factors [C] of its sample, and how many of its values are of the
+// first channel. `period`: units of a channel, values of a channel, or units of a pixel.
+template <Share kShare, int kValues, class Index>
+struct Place {
+  Index channel;
+  int left = kValues;
+
+  __device__ Place(Index unit, Index period) {
+    if constexpr (kShare == Share::kChannel) {
+      channel = unit / period;
+    } else if constexpr (kShare == Share::kChannels) {
+      channel = unit * kValues / period;
+      left = static_cast<int>(min((channel + 1) * period - unit * kValues, Index{kValues}));
+    } else {
+      channel = unit % period * kValues;
     }
   }
-}
+};
 
-template <class T, int kValues, bool kLast, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads)
+// The factors of a unit's values.
+template <Share kShare, int kValues, class A>
+struct Factors {
+  static constexpr int kCount = kShare == Share::kChannel    ? 1
+                                : kShare == Share::kChannels ? 2
+                                                             : kValues;
+
+  A factor[kCount];
+  int left;
+
+  template <class Index>
+  __device__ Factors(const A* factors, const Place<kShare, kValues, Index>& place)
+      : left(place.left) {
+    const A* from = factors + place.channel;
+    if constexpr (kShare == Share::kPixel) {
+      constexpr int kPiece = kValues < kWideValues<A> ? kValues : kWideValues<A>;
+#pragma unroll
+      for (int i = 0; i < kValues; i += kPiece) {
+        const auto piece = *reinterpret_cast<const Unit<A, kPiece>*>(from + i);
+#pragma unroll
+        for (int v = 0; v < kPiece; ++v) factor[i + v] = piece.value[v];
+      }
+    } else {
+      factor[0] = from[0];
+      if constexpr (kShare == Share::kChannels) factor[1] = left < kValues ? from[1] : from[0];
+    }
+  }
+
+  __device__ A operator[](int v) const {
+    if constexpr (kShare == Share::kPixel) return factor[v];
+    if constexpr (kShare == Share::kChannels) return v < left ? factor[0] : factor[1];
+    return factor[0];
+  }
+};
+
+// A thread loads kUnroll units, half of them from each stream, before it stores the first.
+template <class T, int kValues, Share kShare, class Index, class A = Accumulator<T>>
+__global__ void __launch_bounds__(kThreads, 4)
     scale_and_add(const __grid_constant__ Tiling tiling, Maps<T> main, Maps<T> aux,
                   const A* main_scale, const A* aux_scale, int64_t rows, int64_t active,
-                  int64_t channels, int64_t pixels, Unit<T, kValues>* out) {
+                  int64_t channels, Index period, Unit<T, kValues>* out) {
+  constexpr int kBoth = kUnroll / 2;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kPieces; first += kBoth * kThreads) {
+    Unit<T, kValues> x[kBoth], y[kBoth];
+    int64_t n;
+    Index unit;
 #pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    int64_t n, unit;
-    if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
-    const int64_t at = unit * kValues, to = n * tiling.units + unit;
-    const Unit<T, kValues> x = unit_of<kValues>(main, n, at);
-    if (n >= active) {
-      out[to] = x;
-      continue;
+    for (int i = 0; i < kBoth; ++i) {
+      if (!locate(tiling, blockIdx.x, first + i * kThreads, rows, &n, &unit)) continue;
+      x[i] = units_of<kValues>(main, n)[unit];
+      if (n < active) y[i] = units_of<kValues>(aux, n)[unit];
     }
-    const Unit<T, kValues> y = unit_of<kValues>(aux, n, at);
-    A s[kValues], t[kValues];
-    factors_of<kLast>(main_scale + n * channels, channels, pixels, at, s);
-    factors_of<kLast>(aux_scale + n * channels, channels, pixels, at, t);
-    Unit<T, kValues> total;
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      const A product = s[v] * static_cast<A>(x.value[v]);
-      total.value[v] = static_cast<T>(product + t[v] * static_cast<A>(y.value[v]));
+    for (int i = 0; i < kBoth; ++i) {
+      if (!locate(tiling, blockIdx.x, first + i * kThreads, rows, &n, &unit)) continue;
+      const int64_t to = n * tiling.units + unit;
+      if (n >= active) {
+        out[to] = x[i];
+        continue;
+      }
+      const Place<kShare, kValues, Index> place(unit, period);
+      const Factors<kShare, kValues, A> s(main_scale + n * channels, place);
+      const Factors<kShare, kValues, A> t(aux_scale + n * channels, place);
+      Unit<T, kValues> total;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+        const A product = s[v] * static_cast<A>(x[i].value[v]);
+        total.value[v] = static_cast<T>(product + t[v] * static_cast<A>(y[i].value[v]));
+      }
+      out[to] = total;
     }
-    out[to] = total;
   }
 }
 
 // A stream's gradient: scale * grad + shift.
-template <class T, int kValues, bool kLast, class A>
-__device__ Unit<T, kValues> scaled_and_shifted(const Unit<T, kValues>& grad, const A* scale,
-                                               const A* shift, int64_t channels, int64_t pixels,
-                                               int64_t at) {
-  A s[kValues], u[kValues];
-  factors_of<kLast>(scale, channels, pixels, at, s);
-  factors_of<kLast>(shift, channels, pixels, at, u);
+template <class T, int kValues, class F>
+__device__ Unit<T, kValues> scaled_and_shifted(const Unit<T, kValues>& grad, const F& scale,
+                                               const F& shift) {
   Unit<T, kValues> result;
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
-    result.value[v] = static_cast<T>(s[v] * static_cast<A>(grad.value[v]) + u[v]);
+    result.value[v] =
+        static_cast<T>(scale[v] * static_cast<Accumulator<T>>(grad.value[v]) + shift[v]);
   }
   return result;
 }
 
-template <class T, int kValues, bool kLast, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int kValues, Share kShare, class Index, class A = Accumulator<T>>
+__global__ void __launch_bounds__(kThreads, 4)
     both_grads(const __grid_constant__ Tiling tiling, Maps<T> grad, const A* main_scale,
                const A* aux_scale, const A* main_shift, const A* aux_shift, int64_t rows,
-               int64_t active, int64_t channels, int64_t pixels, Unit<T, kValues>* main,
+               int64_t active, int64_t channels, Index period, Unit<T, kValues>* main,
                Unit<T, kValues>* aux) {
+  Unit<T, kValues> x[kUnroll];
+  int64_t n;
+  Index unit;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
-    int64_t n, unit;
     if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
-    const int64_t at = unit * kValues, to = n * tiling.units + unit, of = n * channels;
-    const Unit<T, kValues> x = unit_of<kValues>(grad, n, at);
+    x[i] = units_of<kValues>(grad, n)[unit];
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
+    const int64_t to = n * tiling.units + unit, of = n * channels;
     if (n >= active) {
-      main[to] = x;
+      main[to] = x[i];
       continue;
     }
-    main[to] = scaled_and_shifted<T, kValues, kLast>(x, main_scale + of, main_shift + of, channels,
-                                                     pixels, at);
-    aux[to] = scaled_and_shifted<T, kValues, kLast>(x, aux_scale + of, aux_shift + of, channels,
-                                                    pixels, at);
+    using F = Factors<kShare, kValues, A>;
+    const Place<kShare, kValues, Index> place(unit, period);
+    main[to] = scaled_and_shifted(x[i], F(main_scale + of, place), F(main_shift + of, place));
+    aux[to] = scaled_and_shifted(x[i], F(aux_scale + of, place), F(aux_shift + of, place));
   }
+}
+
+// Calls f(values per access, what they share, index type, period). Places in a sample need 64 bits
+// where it holds very many values.
+template <class T, class F>
+void visit_share(const MapLayout& layout, uint64_t bits, const F& f) {
+  const auto visit_index = [&](auto values, auto share, int64_t period) {
+    if (layout.numel() <= kMostNarrow) {
+      f(values, share, static_cast<uint32_t>(period));
+    } else {
+      f(values, share, static_cast<uint64_t>(period));
+    }
+  };
+  visit_access<T>(layout, bits, [&](auto values, auto last) {
+    constexpr int kValues = decltype(values)::value;
+    if constexpr (decltype(last)::value) {
+      visit_index(values, kShared<Share::kPixel>, layout.channels / kValues);
+    } else if (layout.pixels % kValues == 0) {
+      visit_index(values, kShared<Share::kChannel>, layout.pixels / kValues);
+    } else if constexpr (kValues > 1) {
+      if (layout.pixels > kValues) {
+        visit_index(values, kShared<Share::kChannels>, layout.pixels);
+      } else {
+        visit_index(kOne, kShared<Share::kChannel>, layout.pixels);
+      }
+    }
+  });
 }
 
 uint64_t bits_of(std::initializer_list<const Tensor*> tensors) {
@@ -117,14 +194,13 @@ struct SeAdd : OnDevice {
            const Tensor& main_scale, const Tensor& aux_scale, int64_t rows, int64_t active,
            const Tensor& out) const {
     const uint64_t bits = main.bits | aux.bits | bits_of({&main_scale, &aux_scale, &out});
-    visit_access<T>(layout, bits, [&](auto values, auto last) {
+    visit_share<T>(layout, bits, [&](auto values, auto share, auto period) {
       constexpr int kValues = decltype(values)::value;
-      constexpr bool kLast = decltype(last)::value;
       const Tiling tiling(rows, layout.numel() / kValues);
       const auto blocks = static_cast<unsigned>(tiling.blocks);
-      scale_and_add<T, kValues, kLast><<<blocks, kThreads, 0, stream()>>>(
+      scale_and_add<T, kValues, decltype(share)::value><<<blocks, kThreads, 0, stream()>>>(
           tiling, main.maps<T>(), aux.maps<T>(), data_of<A>(main_scale), data_of<A>(aux_scale),
-          rows, active, layout.channels, layout.pixels, units<T, kValues>(out));
+          rows, active, layout.channels, period, units<T, kValues>(out));
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -135,15 +211,14 @@ struct SeAdd : OnDevice {
              int64_t rows, int64_t active, const Tensor& main, const Tensor& aux) const {
     const uint64_t bits =
         grad.bits | bits_of({&main_scale, &aux_scale, &main_shift, &aux_shift, &main, &aux});
-    visit_access<T>(layout, bits, [&](auto values, auto last) {
+    visit_share<T>(layout, bits, [&](auto values, auto share, auto period) {
       constexpr int kValues = decltype(values)::value;
-      constexpr bool kLast = decltype(last)::value;
       const Tiling tiling(rows, layout.numel() / kValues);
       const auto blocks = static_cast<unsigned>(tiling.blocks);
-      both_grads<T, kValues, kLast><<<blocks, kThreads, 0, stream()>>>(
+      both_grads<T, kValues, decltype(share)::value><<<blocks, kThreads, 0, stream()>>>(
           tiling, grad.maps<T>(), data_of<A>(main_scale), data_of<A>(aux_scale),
-          data_of<A>(main_shift), data_of<A>(aux_shift), rows, active, layout.channels,
-          layout.pixels, units<T, kValues>(main), units<T, kValues>(aux));
+          data_of<A>(main_shift), data_of<A>(aux_shift), rows, active, layout.channels, period,
+          units<T, kValues>(main), units<T, kValues>(aux));
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[3]
 NAMESPACE = "dynmm_emulated"
 
 _NAME = r"([A-Za-z_]\w*(?:<(?:[^<>;]|<[^<>;]*>)*>)?)"
-_LAUNCH = re.compile(_NAME + r"<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+_LAUNCH = re.compile(_NAME + r"\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+_MOST_NARROW = re.compile(r"(kMostNarrow = )\w+;")
 _DEVICE = """struct OnDevice {
   const Device device;
   explicit OnDevice(Device device) : device(device) {}
@@ -30,6 +31,7 @@ def translate(text: str) -> str:
     )
     text = re.sub(r"class OnDevice \{.*?\n\};", _DEVICE, text, flags=re.DOTALL)
     text = text.replace("STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
+    text = _MOST_NARROW.sub(r"\g<1>500;", text)  # so that small maps take the path of huge ones
     return text.replace("_IMPL(dynmm_kernels, CUDA, m)", f"_IMPL({NAMESPACE}, CPU, m)")
 
 
