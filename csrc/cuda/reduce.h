@@ -17,6 +17,12 @@ inline int64_t parts_of(int64_t units, int64_t each) {
 template <class A>
 constexpr ScalarType kSumDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
+// The sum over a warp, in every lane.
+__device__ inline int32_t warp_sum(int32_t sum) {
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  return sum;
+}
+
 // The sum over a block, in an order that never changes; valid in thread 0.
 template <class A>
 __device__ A block_sum(A sum) {

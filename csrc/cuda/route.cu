@@ -1,6 +1,8 @@
 // route on a GPU: a stable counting sort of the entries by branch. Ranks come from the order of
 // lanes, warps and blocks, never from atomics, so the plan is the same every time and as on the
 // CPU.
+#include <cmath>
+
 #include "cuda/reduce.h"
 #include "ops/route.h"
 
@@ -9,9 +11,10 @@ namespace {
 
 constexpr int kBlockThreads = 1024;
 constexpr int kOneBlock = 16 * kBlockThreads;  // entries that one block sorts in one launch
-constexpr int kTileEntries = 8 * kBlockThreads;
-constexpr int kMostTiles = 256;
-constexpr int kSharedBytes = 47 * 1024;  // of 48: the rest is static
+constexpr int kTileEntries = kBlockThreads;    // entries before another block is asked for
+constexpr int kMostTiles = 264;                // two for every multiprocessor of an H100
+constexpr int kBatch = 4;                      // entries of a lane that are loaded together
+constexpr int kSharedBytes = 47 * 1024;        // of 48: the rest is static
 
 // How many entries were faulty, and the first of them (entries < 2^31).
 struct Faults {
@@ -57,10 +60,19 @@ __device__ void clear(int32_t* counters, int size, Faults* faults) {
 // Of one branch: the counter of each warp becomes `sum` and those of earlier warps; returns `sum`
 // and those of all.
 __device__ int32_t scan_warps(int32_t* counters, int warps, int branches, int32_t sum) {
-  for (int w = 0; w < warps; ++w) {
-    const int32_t count = counters[w * branches];
-    counters[w * branches] = sum;
-    sum += count;
+  constexpr int kTogether = 8;
+  for (int first = 0; first < warps; first += kTogether) {
+    int32_t count[kTogether];
+#pragma unroll
+    for (int w = 0; w < kTogether; ++w) {
+      if (first + w < warps) count[w] = counters[(first + w) * branches];
+    }
+#pragma unroll
+    for (int w = 0; w < kTogether; ++w) {
+      if (first + w >= warps) break;
+      counters[(first + w) * branches] = sum;
+      sum += count[w];
+    }
   }
   return sum;
 }
@@ -157,6 +169,28 @@ struct Tiles {
   int64_t tile, span;
 };
 
+// Calls visit(branch, entry of lane 0) for every kWarp entries of the span from `first` on. Whole
+// warp; the branches of kBatch entries are asked for before the first is visited, as the barriers
+// in claim() keep later loads behind them.
+template <class Ask, class Visit>
+__device__ void for_span(const Plan& plan, int64_t first, int64_t span, const Ask& ask,
+                         const Visit& visit) {
+  const int64_t stop = min(first + span, plan.entries);
+  for (int64_t at = first; at < stop; at += kBatch * kWarp) {
+    int branch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t entry = at + i * kWarp + threadIdx.x % kWarp;
+      branch[i] = entry < stop ? ask(entry) : kNone;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (at + i * kWarp >= stop) break;
+      visit(branch[i], at + i * kWarp);
+    }
+  }
+}
+
 template <class Select>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     count_tiles(const Plan plan, const Select select, const Tiles tiles) {
@@ -167,12 +201,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __syncthreads();
   const int64_t first = blockIdx.x * tiles.tile + warp * tiles.span;
   Faults faults{0, kNoEntry};
-#pragma unroll 4
-  for (int64_t at = first; at < first + tiles.span; at += kWarp) {
-    const int branch = at + lane < plan.entries ? select(at + lane) : kNone;
+  for_span(plan, first, tiles.span, select, [&](int branch, int64_t at) {
     faults.see(branch, at);
     claim(branch, counters + warp * plan.branches);
-  }
+  });
   if (lane == 0) faults.add_to(&all_faults);
   __syncthreads();
   for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
@@ -182,16 +214,24 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (threadIdx.x == 0) tiles.faults[blockIdx.x] = all_faults;
 }
 
-// base[b]: entries of branch b in earlier tiles; totals[b]: in all tiles. Whole block.
+// base[b]: entries of branch b in earlier tiles; totals[b]: in all tiles. Whole block: a warp for
+// each branch where they are few, else a thread.
 __device__ void base_and_totals(const Tiles& tiles, int branches, int32_t* base, int32_t* totals) {
-  for (int b = threadIdx.x; b < branches; b += blockDim.x) {
+  const bool few = branches <= blockDim.x / kWarp;
+  const int lanes = few ? kWarp : 1, lane = threadIdx.x % lanes;
+  for (int b = threadIdx.x / lanes; b < branches; b += blockDim.x / lanes) {
     int32_t before = 0, all = 0;
 #pragma unroll 8
-    for (int t = 0; t < gridDim.x; ++t) {
+    for (int t = lane; t < gridDim.x; t += lanes) {
       const int32_t count = tiles.counts[t * branches + b];
       if (t < blockIdx.x) before += count;
       all += count;
     }
+    if (few) {
+      before = warp_sum(before);
+      all = warp_sum(all);
+    }
+    if (lane > 0) continue;
     base[b] = before;
     totals[b] = all;
   }
@@ -215,22 +255,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (warp == 0) exclusive_scan(offsets, plan.branches, &total);
   const int64_t first = blockIdx.x * tiles.tile + warp * tiles.span;
   int32_t* own = counters + warp * plan.branches;
-#pragma unroll 4
-  for (int64_t at = first; at < first + tiles.span; at += kWarp) {
-    claim(at + lane < plan.entries ? select.again(at + lane) : kNone, own);
-  }
+  const auto again = [&](int64_t entry) { return select.again(entry); };
+  for_span(plan, first, tiles.span, again, [&](int branch, int64_t) { claim(branch, own); });
   __syncthreads();
   for (int b = threadIdx.x; b < plan.branches; b += blockDim.x) {
     scan_warps(counters + b, warps, plan.branches, offsets[b] + base[b]);
   }
   __syncthreads();
-#pragma unroll 4
-  for (int64_t at = first; at < first + tiles.span; at += kWarp) {
-    const int64_t entry = at + lane;
-    const int branch = entry < plan.entries ? select.again(entry) : kNone;
+  for_span(plan, first, tiles.span, again, [&](int branch, int64_t at) {
     const int32_t slot = claim(branch, own);
-    if (entry < plan.entries) place(plan, entry, branch, slot);
-  }
+    if (at + lane < plan.entries) place(plan, at + lane, branch, slot);
+  });
   leave_empty(plan, max(blockIdx.x * tiles.tile, static_cast<int64_t>(total)),
               min((blockIdx.x + 1) * tiles.tile, plan.entries));
   if (blockIdx.x == 0) {
@@ -247,6 +282,14 @@ int64_t warps_that_fit(int64_t branches, int64_t wanted) {
     refuse("route: at most ", kSharedBytes / 12, " branches on a GPU; got ", branches);
   }
   return std::min<int64_t>({wanted, rows, kBlockThreads / kWarp});
+}
+
+// How many blocks share many entries. As each of them reads the counts of all, these stay few
+// beside the entries.
+int64_t tiles_of(int64_t entries, int64_t branches) {
+  const auto most = static_cast<int64_t>(2 * std::sqrt(static_cast<double>(entries) / branches));
+  return std::clamp<int64_t>(std::min(ceil_div<int64_t>(entries, kTileEntries), most), 1,
+                             kMostTiles);
 }
 
 struct Sort : OnDevice {
@@ -281,8 +324,7 @@ struct Sort : OnDevice {
 
   template <class Select>
   void in_tiles(const Plan& plan, const Select& select) const {
-    const int64_t blocks =
-        std::clamp<int64_t>(ceil_div<int64_t>(plan.entries, kTileEntries), 1, kMostTiles);
+    const int64_t blocks = tiles_of(plan.entries, plan.branches);
     const int64_t warps = warps_that_fit(plan.branches, kBlockThreads / kWarp);
     const int64_t span = ceil_div(plan.entries, blocks * warps * kWarp) * kWarp;
     const int64_t counts = blocks * plan.branches;

@@ -7,27 +7,25 @@
 namespace dynmm {
 namespace {
 
-// What the values of one unit share: a channel, two neighbouring channels at most, or a pixel.
-enum class Share { kChannel, kChannels, kPixel };
+constexpr int64_t kMostNarrow = INT32_MAX;  // values of a sample whose places 32 bits tell
 
-template <Share kShare>
-constexpr std::integral_constant<Share, kShare> kShared{};
-constexpr std::integral_constant<int, 1> kOne{};
+// Where all values of one unit lie; the two channels are neighbours.
+enum class Within { kChannel, kTwoChannels, kPixel };
 
-constexpr int64_t kMostNarrow =
-    INT32_MAX;  // values of a sample within which 32 bits tell the place
+template <Within kWithin>
+constexpr std::integral_constant<Within, kWithin> kUnitsWithin{};
 
 // Where a unit lies among the factors [C] of its sample, and how many of its values are of the
 // first channel. `period`: units of a channel, values of a channel, or units of a pixel.
-template <Share kShare, int kValues, class Index>
+template <Within kWithin, int kValues, class Index>
 struct Place {
   Index channel;
   int left = kValues;
 
   __device__ Place(Index unit, Index period) {
-    if constexpr (kShare == Share::kChannel) {
+    if constexpr (kWithin == Within::kChannel) {
       channel = unit / period;
-    } else if constexpr (kShare == Share::kChannels) {
+    } else if constexpr (kWithin == Within::kTwoChannels) {
       channel = unit * kValues / period;
       left = static_cast<int>(min((channel + 1) * period - unit * kValues, Index{kValues}));
     } else {
@@ -37,20 +35,20 @@ struct Place {
 };
 
 // The factors of a unit's values.
-template <Share kShare, int kValues, class A>
+template <Within kWithin, int kValues, class A>
 struct Factors {
-  static constexpr int kCount = kShare == Share::kChannel    ? 1
-                                : kShare == Share::kChannels ? 2
-                                                             : kValues;
+  static constexpr int kCount = kWithin == Within::kChannel       ? 1
+                                : kWithin == Within::kTwoChannels ? 2
+                                                                  : kValues;
 
   A factor[kCount];
   int left;
 
   template <class Index>
-  __device__ Factors(const A* factors, const Place<kShare, kValues, Index>& place)
+  __device__ Factors(const A* factors, const Place<kWithin, kValues, Index>& place)
       : left(place.left) {
     const A* from = factors + place.channel;
-    if constexpr (kShare == Share::kPixel) {
+    if constexpr (kWithin == Within::kPixel) {
       constexpr int kPiece = kValues < kWideValues<A> ? kValues : kWideValues<A>;
 #pragma unroll
       for (int i = 0; i < kValues; i += kPiece) {
@@ -60,19 +58,23 @@ struct Factors {
       }
     } else {
       factor[0] = from[0];
-      if constexpr (kShare == Share::kChannels) factor[1] = left < kValues ? from[1] : from[0];
+      if constexpr (kWithin == Within::kTwoChannels) factor[1] = left < kValues ? from[1] : from[0];
     }
   }
 
   __device__ A operator[](int v) const {
-    if constexpr (kShare == Share::kPixel) return factor[v];
-    if constexpr (kShare == Share::kChannels) return v < left ? factor[0] : factor[1];
+    if constexpr (kWithin == Within::kPixel) return factor[v];
+    if constexpr (kWithin == Within::kTwoChannels) return v < left ? factor[0] : factor[1];
     return factor[0];
   }
 };
 
+// Blocks take the tiles from the last to the first: what the sums before read last is still in the
+// cache.
+__device__ uint32_t own_tile() { return gridDim.x - 1 - blockIdx.x; }
+
 // A thread loads kUnroll units, half of them from each stream, before it stores the first.
-template <class T, int kValues, Share kShare, class Index, class A = Accumulator<T>>
+template <class T, int kValues, Within kWithin, class Index, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, 4)
     scale_and_add(const __grid_constant__ Tiling tiling, Maps<T> main, Maps<T> aux,
                   const A* main_scale, const A* aux_scale, int64_t rows, int64_t active,
@@ -85,21 +87,21 @@ __global__ void __launch_bounds__(kThreads, 4)
     Index unit;
 #pragma unroll
     for (int i = 0; i < kBoth; ++i) {
-      if (!locate(tiling, blockIdx.x, first + i * kThreads, rows, &n, &unit)) continue;
+      if (!locate(tiling, own_tile(), first + i * kThreads, rows, &n, &unit)) continue;
       x[i] = units_of<kValues>(main, n)[unit];
       if (n < active) y[i] = units_of<kValues>(aux, n)[unit];
     }
 #pragma unroll
     for (int i = 0; i < kBoth; ++i) {
-      if (!locate(tiling, blockIdx.x, first + i * kThreads, rows, &n, &unit)) continue;
+      if (!locate(tiling, own_tile(), first + i * kThreads, rows, &n, &unit)) continue;
       const int64_t to = n * tiling.units + unit;
       if (n >= active) {
         out[to] = x[i];
         continue;
       }
-      const Place<kShare, kValues, Index> place(unit, period);
-      const Factors<kShare, kValues, A> s(main_scale + n * channels, place);
-      const Factors<kShare, kValues, A> t(aux_scale + n * channels, place);
+      const Place<kWithin, kValues, Index> place(unit, period);
+      const Factors<kWithin, kValues, A> s(main_scale + n * channels, place);
+      const Factors<kWithin, kValues, A> t(aux_scale + n * channels, place);
       Unit<T, kValues> total;
 #pragma unroll
       for (int v = 0; v < kValues; ++v) {
@@ -124,7 +126,7 @@ __device__ Unit<T, kValues> scaled_and_shifted(const Unit<T, kValues>& grad, con
   return result;
 }
 
-template <class T, int kValues, Share kShare, class Index, class A = Accumulator<T>>
+template <class T, int kValues, Within kWithin, class Index, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, 4)
     both_grads(const __grid_constant__ Tiling tiling, Maps<T> grad, const A* main_scale,
                const A* aux_scale, const A* main_shift, const A* aux_shift, int64_t rows,
@@ -135,46 +137,46 @@ __global__ void __launch_bounds__(kThreads, 4)
   Index unit;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
-    if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
+    if (!locate(tiling, own_tile(), threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
     x[i] = units_of<kValues>(grad, n)[unit];
   }
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
-    if (!locate(tiling, blockIdx.x, threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
+    if (!locate(tiling, own_tile(), threadIdx.x + i * kThreads, rows, &n, &unit)) continue;
     const int64_t to = n * tiling.units + unit, of = n * channels;
     if (n >= active) {
       main[to] = x[i];
       continue;
     }
-    using F = Factors<kShare, kValues, A>;
-    const Place<kShare, kValues, Index> place(unit, period);
+    using F = Factors<kWithin, kValues, A>;
+    const Place<kWithin, kValues, Index> place(unit, period);
     main[to] = scaled_and_shifted(x[i], F(main_scale + of, place), F(main_shift + of, place));
     aux[to] = scaled_and_shifted(x[i], F(aux_scale + of, place), F(aux_shift + of, place));
   }
 }
 
-// Calls f(values per access, what they share, index type, period). Places in a sample need 64 bits
-// where it holds very many values.
+// Calls f(values per access, where they lie, period), all but the number of the period as types.
 template <class T, class F>
-void visit_share(const MapLayout& layout, uint64_t bits, const F& f) {
-  const auto visit_index = [&](auto values, auto share, int64_t period) {
+void visit_within(const MapLayout& layout, uint64_t bits, const F& f) {
+  const auto visit_index = [&](auto values, auto within, int64_t period) {
     if (layout.numel() <= kMostNarrow) {
-      f(values, share, static_cast<uint32_t>(period));
+      f(values, within, static_cast<uint32_t>(period));
     } else {
-      f(values, share, static_cast<uint64_t>(period));
+      f(values, within, static_cast<uint64_t>(period));
     }
   };
   visit_access<T>(layout, bits, [&](auto values, auto last) {
     constexpr int kValues = decltype(values)::value;
     if constexpr (decltype(last)::value) {
-      visit_index(values, kShared<Share::kPixel>, layout.channels / kValues);
+      visit_index(values, kUnitsWithin<Within::kPixel>, layout.channels / kValues);
     } else if (layout.pixels % kValues == 0) {
-      visit_index(values, kShared<Share::kChannel>, layout.pixels / kValues);
+      visit_index(values, kUnitsWithin<Within::kChannel>, layout.pixels / kValues);
     } else if constexpr (kValues > 1) {
       if (layout.pixels > kValues) {
-        visit_index(values, kShared<Share::kChannels>, layout.pixels);
+        visit_index(values, kUnitsWithin<Within::kTwoChannels>, layout.pixels);
       } else {
-        visit_index(kOne, kShared<Share::kChannel>, layout.pixels);
+        visit_index(std::integral_constant<int, 1>{}, kUnitsWithin<Within::kChannel>,
+                    layout.pixels);
       }
     }
   });
@@ -194,11 +196,11 @@ struct SeAdd : OnDevice {
            const Tensor& main_scale, const Tensor& aux_scale, int64_t rows, int64_t active,
            const Tensor& out) const {
     const uint64_t bits = main.bits | aux.bits | bits_of({&main_scale, &aux_scale, &out});
-    visit_share<T>(layout, bits, [&](auto values, auto share, auto period) {
+    visit_within<T>(layout, bits, [&](auto values, auto within, auto period) {
       constexpr int kValues = decltype(values)::value;
       const Tiling tiling(rows, layout.numel() / kValues);
       const auto blocks = static_cast<unsigned>(tiling.blocks);
-      scale_and_add<T, kValues, decltype(share)::value><<<blocks, kThreads, 0, stream()>>>(
+      scale_and_add<T, kValues, decltype(within)::value><<<blocks, kThreads, 0, stream()>>>(
           tiling, main.maps<T>(), aux.maps<T>(), data_of<A>(main_scale), data_of<A>(aux_scale),
           rows, active, layout.channels, period, units<T, kValues>(out));
     });
@@ -211,11 +213,11 @@ struct SeAdd : OnDevice {
              int64_t rows, int64_t active, const Tensor& main, const Tensor& aux) const {
     const uint64_t bits =
         grad.bits | bits_of({&main_scale, &aux_scale, &main_shift, &aux_shift, &main, &aux});
-    visit_share<T>(layout, bits, [&](auto values, auto share, auto period) {
+    visit_within<T>(layout, bits, [&](auto values, auto within, auto period) {
       constexpr int kValues = decltype(values)::value;
       const Tiling tiling(rows, layout.numel() / kValues);
       const auto blocks = static_cast<unsigned>(tiling.blocks);
-      both_grads<T, kValues, decltype(share)::value><<<blocks, kThreads, 0, stream()>>>(
+      both_grads<T, kValues, decltype(within)::value><<<blocks, kThreads, 0, stream()>>>(
           tiling, grad.maps<T>(), data_of<A>(main_scale), data_of<A>(aux_scale),
           data_of<A>(main_shift), data_of<A>(aux_shift), rows, active, layout.channels, period,
           units<T, kValues>(main), units<T, kValues>(aux));

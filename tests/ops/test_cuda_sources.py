@@ -24,7 +24,7 @@ SHARED_BYTES = 48 * 1024  # what a kernel may use without asking for more
 WIDE = {
     "gather_rows.cu": ("gather_bytes", "gather_scaledIfLi4E"),
     "combine_rows.cu": ("combine_bytesINS_4UnitImLi2EEE", "combine_sumsIfLi4E"),
-    "row_dots.cu": ("row_dot_partsIfLi4E",),
+    "row_dots.cu": ("row_dot_lanesIfLi4E", "row_dot_partsIfLi4E"),
     "se_add.cu": ("scale_and_addIfLi4E", "both_gradsIfLi4E"),
     "se_add_sums.cu": ("channel_sumsIfLi4E",),
 }
