@@ -158,8 +158,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 // Calls f(values per access, where they lie, period), all but the number of the period as types.
 template <class T, class F>
 void visit_within(const MapLayout& layout, uint64_t bits, const F& f) {
+  const bool narrow = layout.numel() <= kMostNarrow;
   const auto visit_index = [&](auto values, auto within, int64_t period) {
-    if (layout.numel() <= kMostNarrow) {
+    if (narrow) {
       f(values, within, static_cast<uint32_t>(period));
     } else {
       f(values, within, static_cast<uint64_t>(period));
@@ -172,8 +173,8 @@ void visit_within(const MapLayout& layout, uint64_t bits, const F& f) {
     } else if (layout.pixels % kValues == 0) {
       visit_index(values, kUnitsWithin<Within::kChannel>, layout.pixels / kValues);
     } else if constexpr (kValues > 1) {
-      if (layout.pixels > kValues) {
-        visit_index(values, kUnitsWithin<Within::kTwoChannels>, layout.pixels);
+      if (narrow && layout.pixels > kValues) {
+        f(values, kUnitsWithin<Within::kTwoChannels>, static_cast<uint32_t>(layout.pixels));
       } else {
         visit_index(std::integral_constant<int, 1>{}, kUnitsWithin<Within::kChannel>,
                     layout.pixels);
