@@ -96,7 +96,7 @@ def test_sizes(backend, rows, numel):
     cases.check_sizes(run, rows, numel)
 
 
-@pytest.mark.parametrize("numel", [1, 3, 64, 70_000])
+@pytest.mark.parametrize("numel", [1, 3, 64, 2100, 70_000])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64])
 def test_arithmetic(backend, dtype, numel):
     cases.check_arithmetic(run, dtype, numel)
