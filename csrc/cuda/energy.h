@@ -17,10 +17,13 @@ constexpr int kResident = sizeof(T) == 8 ? 512 : 1280;
 template <int kValues_, int kLanes, int kUnits_>
 struct Share {
   static constexpr int kValues = kValues_, kUnits = kUnits_;
-  static constexpr bool kKept = kLanes < kLongRow;  // a row is one chunk, read once
-  static constexpr int kGroup = kKept ? kThreads : kLongRow;  // threads of a block
-  static constexpr int kRows = kGroup / kLanes;               // rows of a block
-  static constexpr int kWarps = ceil_div(kLanes, kWarp);
+  static constexpr bool kKept = kLanes < kLongRow;               // a row is one chunk, read once
+  static constexpr int kGroup = kKept ? kThreads : kLongRow;     // threads of a block
+  static constexpr int kRows = kGroup / kLanes;                  // rows of a block
+  static constexpr int kSide = kLanes < kWarp ? kLanes : kWarp;  // lanes in one warp
+  static constexpr int kWarps = kLanes / kSide;
+  template <class A>  // values in a unit, if no more than 16 bytes hold
+  static constexpr int kPiece = kValues < kWideValues<A> ? kValues : kWideValues<A>;
   using Index = std::conditional_t<kKept, int, int64_t>;  // of units and columns
 
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
@@ -50,11 +53,20 @@ struct Share {
   }
 
   // The first of them, in a row that begins at `row`.
-  template <class T, class U = std::conditional_t<std::is_const_v<T>,
-                                                  const Unit<std::remove_const_t<T>, kValues>,
-                                                  Unit<T, kValues>>>
+  template <class T,
+            class U = std::conditional_t<
+                std::is_const_v<T>, const Unit<std::remove_const_t<T>, kValues>, Unit<T, kValues>>>
   static __device__ U* own(T* row, Index first) {
     return reinterpret_cast<U*>(row) + (first + lane());
+  }
+
+  // f(u, v, offset), piece by piece of as many values as 16 bytes hold of A; `offset` in values.
+  template <class A, class F>
+  static __device__ void pieces(Index first, Index stop, const F& f) {
+    units(first, stop, [&](int u, int offset) {
+#pragma unroll
+      for (int v = 0; v < kValues; v += kPiece<A>) f(u, v, offset * kValues + v);
+    });
   }
 
   // f(u, v), value by value.
@@ -66,23 +78,42 @@ struct Share {
     });
   }
 
-  // The sum over the lanes, and the maximum: the same bits in each of them, every time.
+  // Writes of(u, v) to the lane's own units of a chunk.
+  template <class T, class F>
+  static __device__ void write(T* row, Index first, Index stop, const F& of) {
+    auto* to = own(row, first);
+    units(first, stop, [&](int u, int offset) {
+      Unit<T, kValues> unit;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) unit.value[v] = static_cast<T>(of(u, v));
+      to[offset] = unit;
+    });
+  }
+
+  // The sum over all lanes, and the maximum: the same bits in each of them, every time.
   template <class A>
   static __device__ A sum(A own) {
-    return over_lanes(own, [](A a, A b) { return a + b; });
+    return joined(own, [](A a, A b) { return a + b; });
   }
   template <class A>
   static __device__ A most(A own) {
-    return over_lanes(own, [](A a, A b) { return max(a, b); });
+    return joined(own, [](A a, A b) { return max(a, b); });
+  }
+
+  // join(a, b) over `count` lanes side by side, a power of two within a warp.
+  template <class A, class F>
+  static __device__ A over(int count, A own, const F& join) {
+#pragma unroll
+    for (int step = count / 2; step > 0; step /= 2) {
+      own = join(own, __shfl_xor_sync(kAllLanes, own, step));
+    }
+    return own;
   }
 
  private:
   template <class A, class F>
-  static __device__ A over_lanes(A own, const F& join) {
-#pragma unroll
-    for (int step = (kWarps > 1 ? kWarp : kLanes) / 2; step > 0; step /= 2) {
-      own = join(own, __shfl_xor_sync(kAllLanes, own, step));
-    }
+  static __device__ A joined(A own, const F& join) {
+    own = over(kSide, own, join);
     if constexpr (kWarps > 1) {
       __shared__ A parts[kWarps];
       __syncthreads();
@@ -138,77 +169,59 @@ __device__ typename S::Index class_of(const Judged<T>& call, int64_t n) {
   return static_cast<typename S::Index>(0 <= named && named < call.classes ? named : -1);
 }
 
-// f(u, v, label) for the lane's own labels of a chunk of row n, where there are labels.
-template <class S, class T, class F>
-__device__ void labels_of(const Judged<T>& call, int64_t n, typename S::Index first,
-                          typename S::Index stop, const F& f) {
-  using A = Accumulator<T>;
-  constexpr int kPiece = S::kValues < kWideValues<A> ? S::kValues : kWideValues<A>;
-  if (call.labels == nullptr) return;
-  const A* row = call.labels + n * call.classes;
-  const auto* own = reinterpret_cast<const Unit<A, kPiece>*>(S::own(row, first));
-  S::units(first, stop, [&](int u, int offset) {
-#pragma unroll
-    for (int p = 0; p < S::kValues / kPiece; ++p) {
-      const Unit<A, kPiece> piece = own[offset * (S::kValues / kPiece) + p];
-#pragma unroll
-      for (int v = 0; v < kPiece; ++v) f(u, p * kPiece + v, piece.value[v]);
-    }
-  });
+// The labels of the piece that begins `offset` values behind the lane's first in a chunk of row n.
+template <class S, class T, class A = Accumulator<T>, class P = Unit<A, S::template kPiece<A>>>
+__device__ P labels_at(const Judged<T>& call, int64_t n, typename S::Index first, int offset) {
+  const auto* row = call.labels + n * call.classes;
+  return *reinterpret_cast<const P*>(row + (first + S::lane()) * S::kValues + offset);
 }
 
-// The weights of row n, once its energies are in memory.
-template <class T, class A = Accumulator<T>>
+// The weights of row n, once its energies are in memory. Each lane works one out, and all lanes of
+// a warp ask for one together.
+template <class S, class T, class A = Accumulator<T>>
 class Weights {
  public:
-  __device__ Weights(const Judged<T>& call, int64_t n, const A* energies)
-      : call_(call), n_(n), energies_(energies + n * (call.modalities + 1)) {
-    if (call.weighting != kSoftmax && call.weighting != kUniform) return;
-    for (int m = 0; m < call.modalities; ++m) {
-      if (is_present(call, n, m)) top_ = max(top_, score(m));
-    }
-    for (int m = 0; m < call.modalities; ++m) {
-      if (is_present(call, n, m)) total_ += exp(score(m) - top_);
-    }
+  __device__ Weights(const Judged<T>& call, int64_t n, const A* energies) {
+    const int m = S::lane() % S::kSide;
+    const bool here = m < call.modalities && is_present(call, n, m);
+    if (here) weight_ = call.scale * energies[n * (call.modalities + 1) + m];
+    if (here && call.weighting == kGiven) weight_ = call.weights[n * call.modalities + m];
+    if (call.weighting == kEnergy || call.weighting == kGiven) return;
+    const A score = !here ? A{-INFINITY} : call.weighting == kSoftmax ? weight_ : A{0};
+    const A top = S::over(kMostModalities, score, [](A a, A b) { return max(a, b); });
+    const A part = here ? exp(score - top) : A{0};
+    weight_ = part / S::over(kMostModalities, part, [](A a, A b) { return a + b; });
   }
 
   __device__ A operator()(int m) const {
-    if (!is_present(call_, n_, m)) return 0;
-    if (call_.weighting == kGiven) return call_.weights[n_ * call_.modalities + m];
-    return call_.weighting == kEnergy ? score(m) : exp(score(m) - top_) / total_;
+    const unsigned lane = threadIdx.x % kWarp;
+    return __shfl_sync(kAllLanes, weight_, lane - lane % S::kSide + m);
   }
 
  private:
-  // What the softmax is taken of.
-  __device__ A score(int m) const {
-    return call_.weighting == kUniform ? A{0} : call_.scale * energies_[m];
-  }
-
-  const Judged<T>& call_;
-  int64_t n_;
-  const A* energies_;
-  A top_ = -INFINITY, total_ = 0;
+  A weight_ = 0;
 };
 
 template <class T>
 uint64_t bits_of(const Maps<const T>& rows, int64_t count) {
-  return address_bits(rows.base) |
-         (count > 1 ? static_cast<uint64_t>(rows.stride) * sizeof(T) : 0);
+  return address_bits(rows.base) | (count > 1 ? static_cast<uint64_t>(rows.stride) * sizeof(T) : 0);
 }
 
-// Calls f(Share{}), the shorter the rows the fewer threads each; `bits`: of all other addresses.
-template <class T, class F>
+// Calls f(Share{}), the shorter the rows the fewer threads each. kBytes: what a lane keeps of a
+// row, or one unit if that is more. `bits`: of all addresses but those in `call`.
+template <int kBytes, class T, class F>
 void visit_share(const Judged<T>& call, uint64_t bits, const F& f) {
-  constexpr int kEach = 32 / sizeof(Accumulator<T>);  // values that a lane keeps in registers
   bits |= address_bits(call.labels) | static_cast<uint64_t>(call.classes) * sizeof(T);
   for (int m = 0; m < call.modalities; ++m) bits |= bits_of(call.logits[m], call.rows);
   visit_values<T>(bits, [&](auto values) {
-    constexpr int kValues = decltype(values)::value, kUnits = kEach / kValues;
+    constexpr int kValues = decltype(values)::value;
+    constexpr int kWanted = kBytes / static_cast<int>(sizeof(Accumulator<T>));
+    constexpr int kUnits = kWanted > kValues ? kWanted / kValues : 1, kEach = kUnits * kValues;
     if (call.classes <= 8 * kEach) return f(Share<kValues, 8, kUnits>{});
     if (call.classes <= 16 * kEach) return f(Share<kValues, 16, kUnits>{});
     if (call.classes <= kWarp * kEach) return f(Share<kValues, kWarp, kUnits>{});
     if (call.classes <= kThreads * kEach) return f(Share<kValues, kThreads, kUnits>{});
-    f(Share<kValues, kLongRow, kUnits>{});
+    f(Share<std::min(kValues, kWanted), kLongRow, ceil_div(kUnits, 2)>{});
   });
 }
 

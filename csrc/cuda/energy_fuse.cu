@@ -61,8 +61,14 @@ __global__ void __launch_bounds__(S::kGroup, kResident<T> / S::kGroup)
   const auto fused_value = [&](int u, int v) { return fused[u][v]; };
   const auto binary_losses = [&](I first, I stop, const auto& of) {
     A sum = 0;
-    labels_of<S>(call, n, first, stop,
-                 [&](int u, int v, A label) { sum += binary_loss(of(u, v), label); });
+    if (call.labels == nullptr) return sum;
+    S::template pieces<A>(first, stop, [&](int u, int from, int offset) {
+      const auto labels = labels_at<S>(call, n, first, offset);
+#pragma unroll
+      for (int v = 0; v < S::template kPiece<A>; ++v) {
+        sum += binary_loss(of(u, from + v), labels.value[v]);
+      }
+    });
     return sum;
   };
   // Of modality m, or behind the last of what is fused. `loss`: the lane's part of binary ones.
@@ -103,13 +109,7 @@ __global__ void __launch_bounds__(S::kGroup, kResident<T> / S::kGroup)
   const auto finish = [&](I first) {
     if (call.named != nullptr) sum.add(first, units, fused_value);
     loss += binary_losses(first, units, fused_value);
-    auto* own = S::own(out.fused + n * call.classes, first);
-    S::units(first, inside ? units : 0, [&](int u, int offset) {
-      Unit<T, S::kValues> result;
-#pragma unroll
-      for (int v = 0; v < S::kValues; ++v) result.value[v] = static_cast<T>(fused[u][v]);
-      own[offset] = result;
-    });
+    S::write(out.fused + n * call.classes, first, inside ? units : 0, fused_value);
   };
   if constexpr (S::kKept) {
     const A share = blend.share();
@@ -117,22 +117,22 @@ __global__ void __launch_bounds__(S::kGroup, kResident<T> / S::kGroup)
     fused_named *= share;
     finish(0);
   } else {
-    __shared__ A weights[kMostModalities];
     __syncthreads();  // until the energies are written
-    if (threadIdx.x < modalities) weights[threadIdx.x] = Weights<T>(call, n, out.energies)(threadIdx.x);
-    __syncthreads();
+    const Weights<S, T> weights(call, n, out.energies);
     S::chunks(units, [&](I first) {
       S::values(first, units, [&](int u, int v) { fused[u][v] = 0; });
 #pragma unroll 1
       for (int m = 0; m < modalities; ++m) {
+        const A weight = weights(m);
         if (!is_present(call, n, m)) continue;
         read(m, first, units);
-        S::values(first, units, [&](int u, int v) { fused[u][v] += weights[m] * value(u, v); });
+        S::values(first, units, [&](int u, int v) { fused[u][v] += weight * value(u, v); });
       }
       finish(first);
     });
     for (int m = 0; m < modalities; ++m) {
-      if (is_present(call, n, m)) fused_named += weights[m] * read_named(m);
+      const A weight = weights(m);
+      if (is_present(call, n, m)) fused_named += weight * read_named(m);
     }
   }
   report(modalities, true, call.named != nullptr ? sum.value() : A{0}, loss, fused_named);
@@ -143,7 +143,7 @@ struct Fuse : OnDevice {
 
   template <class T>
   void fuse(const Judged<T>& call, const Fused<T>& out) const {
-    visit_share<T>(call, address_bits(out.fused), [&](auto share) {
+    visit_share<32>(call, address_bits(out.fused), [&](auto share) {
       using S = decltype(share);
       const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(call.rows, S::kRows));
       fuse_rows<T, S><<<blocks, S::kGroup, 0, stream()>>>(call, out);

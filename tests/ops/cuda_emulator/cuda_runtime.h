@@ -25,8 +25,12 @@
 #define __shared__ static
 
 using cudaStream_t = void*;
+using std::abs;
+using std::exp;
 using std::isfinite;
 using std::isnan;
+using std::log;
+using std::log1p;
 using std::max;
 using std::min;
 
