@@ -53,16 +53,20 @@ def main() -> None:
     train(cascade, images[:1200], targets[:1200])
 
     cascade.eval()
-    inputs, wanted = parts_of(images[1200:]), targets[1200:]
-    print(f"{'threshold':>9}  {'accuracy':>8}  {'cost':>8}  share leaving after each stage")
-    for threshold in (float("inf"), 0.99, 0.9, 0.7):
+    held_out = [((parts_of(images[1200:1500]),), targets[1200:1500])]
+    calibration = cascade.calibrate(held_out, risk="gap", target=0.05)
+    print(calibration.guarantee)
+    inputs, wanted = parts_of(images[1500:]), targets[1500:]
+    print(f"{'threshold':>10}  {'accuracy':>8}  {'cost':>8}  share leaving after each stage")
+    choices = {"inf": float("inf"), "0.9": 0.9, "calibrated": calibration.thresholds}
+    for name, threshold in choices.items():
         cascade.threshold = threshold
         with torch.no_grad():
             output, routing = cascade(inputs, return_routing=True)
         exits = zip(inputs, routing.fractions, strict=True)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in exits)
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in exits)
         scored = f"{accuracy(output, wanted):8.3f}  {routing.executed_cost:8,.0f}"
-        print(f"{threshold:9}  {scored}  {shares}")
+        print(f"{name:>10}  {scored}  {shares}")
 
 
 if __name__ == "__main__":

@@ -11,29 +11,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..demo import bench, digits, report, sweep
+from ..demo import bench, digits, qmf, qmf_report, report, sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs",
         type=positive,
-        help=f"of each stage; {bench.EPOCHS}, or {sweep.EPOCHS} in the sweep",
+        help=f"of each stage; {bench.EPOCHS}, {sweep.EPOCHS} in the sweep, {qmf.EPOCHS} for QMF",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=positive, default=bench.ROUNDS, help="of the timing")
     parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--sweep",
         action="store_true",
         help="train with several weights of the cost, masked and routed (a few minutes)",
     )
+    which.add_argument(
+        "--qmf",
+        action="store_true",
+        help="late fusion, QMF, a gate and a calibrated cascade, clean and noisy (two minutes)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    room: Any = sweep if arguments.sweep else report
-    found = _sweep(arguments) if arguments.sweep else _experiment(arguments)
+    room: Any = sweep if arguments.sweep else qmf_report if arguments.qmf else report
+    find = _sweep if arguments.sweep else _qmf if arguments.qmf else _experiment
+    found: Any = find(arguments)
     drawn = room.draw(found, arguments.figure)
     if arguments.json:
         print(json.dumps(found, indent=2, default=asdict))
@@ -56,6 +63,13 @@ def _sweep(arguments: argparse.Namespace) -> list[sweep.Point]:
     total = len(seeds) * (1 + 2 * len(sweep.COST_WEIGHTS)) * epochs
     with progress(total, quiet=arguments.json) as advance:
         return sweep.sweep(epochs, seeds, advance=advance)
+
+
+def _qmf(arguments: argparse.Namespace) -> qmf_report.Report:
+    epochs = arguments.epochs or qmf.EPOCHS
+    total = qmf.SEEDS * (len(qmf.LATE) + 1 + arguments.rounds)
+    with progress(total, quiet=arguments.json) as advance:
+        return qmf.experiment(epochs, arguments.seed, qmf.SEEDS, arguments.rounds, advance)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..nn import Branch, RoutedFusion, resource_loss
 
 E1, E2 = 0, 1
 TRAIN_BATCH = 64
+FEATURES = 512  # of the full image
 COST_WEIGHT = 0.07  # of the resource loss; larger sends more digits to E1
 BRANCHES, TOGETHER = "branches", "gate and branches"
 RATES = {  # stage: peak learning rates of gate, E1, E2
@@ -90,30 +91,36 @@ def perceptron(hidden: int, outputs: int) -> nn.Sequential:
 class FusedNet(nn.Module):
     """The costly branch: convolutions over the enlarged image, fused with the thumbnail."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Upsample(scale_factor=2, mode="bilinear")]
-        for before, after in ((1, width), (width, 2 * width)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
-            layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.full = nn.Sequential(*layers, nn.Flatten())
+        self.full = convolutions()
         self.low = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU())
-        self.head = nn.Linear(2 * width * 16 + 32, 10)
+        self.head = nn.Linear(FEATURES + 32, 10)
 
     def forward(self, low: Tensor, full: Tensor) -> Tensor:
         return self.head(torch.cat([self.full(full), self.low(low)], dim=1))
 
 
+def convolutions(width: int = FEATURES // 32) -> nn.Sequential:
+    """A network from the full image to FEATURES numbers."""
+    layers: list[nn.Module] = [nn.Upsample(scale_factor=2, mode="bilinear")]
+    for before, after in ((1, width), (width, 2 * width)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(after, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def part(module: nn.Module, sample: Views, *inputs: str) -> Branch:
+    """A branch that knows what it reads and its cost in millions of MACs per sample."""
+    macs = branch_costs(module, tuple(sample[name] for name in inputs))
+    return Branch(module, inputs=inputs, cost=macs / 1e6)
+
+
 def build(sample: Views) -> RoutedFusion:
-    """The model; every part knows its cost in millions of MACs per sample."""
+    """The model."""
     gate, easy, hard = perceptron(256, 2), perceptron(256, 10), FusedNet()
-
-    def part(module: nn.Module, *inputs: str) -> Branch:
-        macs = branch_costs(module, tuple(sample[name] for name in inputs))
-        return Branch(module, inputs=inputs, cost=macs / 1e6)
-
-    branches = {"E1": part(easy, "low"), "E2": part(hard, "low", "full")}
-    return RoutedFusion(part(gate, "low"), branches, execution="routed")
+    branches = {"E1": part(easy, sample, "low"), "E2": part(hard, sample, "low", "full")}
+    return RoutedFusion(part(gate, sample, "low"), branches, execution="routed")
 
 
 def train(

@@ -65,7 +65,9 @@ class QualityHistory(nn.Module):
         """
         total = self._check(indices, losses, "losses")
         total.index_add_(0, indices, losses.to(total.dtype))
-        self._look_at(total, indices // BLOCK)
+        # The last block shares samples with the one before, so it is always looked at.
+        blocks = nn.functional.pad(indices // BLOCK, (0, 1), value=(total.shape[0] - 1) // BLOCK)
+        self._look_at(total, blocks)
 
     @torch.no_grad()
     def quality(self, indices: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dynmm_kernels import Branch, CascadeFusion
 from dynmm_kernels.nn.cascade import calibration, learn_then_test
 from dynmm_kernels.nn.cascade.calibration import Calibration, calibrate
 
@@ -442,3 +443,81 @@ def test_refusals(change, error, message):
     arguments = {"scores": scores, "exits": exits, "targets": targets} | change
     with pytest.raises(error, match=f"calibrate: .*{message}"):
         calibrate(**arguments)
+
+
+class Slow(torch.nn.Module):
+    """A stage that is right more often the later it comes, for rows of [target, difficulty]."""
+
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power = power
+        self.norm = torch.nn.BatchNorm1d(2)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        target, difficulty = rows[:, 0].long(), rows[:, 1]
+        solved = difficulty < self.power
+        named = torch.where(solved, target, (target + 1) % 4)
+        size = torch.where(solved, 6.0, 4 * (1 - difficulty))
+        return size[:, None] * torch.nn.functional.one_hot(named, 4)
+
+
+def samples(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    targets = torch.randint(0, 4, (rows,))
+    return torch.stack([targets.float(), torch.rand(rows)], 1), targets
+
+
+def cascade() -> CascadeFusion:
+    stages = [Branch(Slow(power), cost=cost) for power, cost in ((0.6, 1.0), (0.95, 9.0))]
+    return CascadeFusion(stages, fuse="last")
+
+
+@pytest.mark.parametrize("risk", calibration.RISKS)
+def test_a_cascade(risk):
+    """The thresholds are set, and keep the risk on samples drawn likewise."""
+    fusion = cascade().train()
+    fusion.stages[1].eval()
+    inputs, targets = samples(1000)
+    known = None if risk == "consistency" else targets
+    batches = [
+        ((inputs[rows],), None if known is None else known[rows])
+        for rows in (slice(0, 600), slice(600, None))
+    ]
+    found = fusion.calibrate(batches, risk=risk, target=0.1, delta=0.1)
+    assert [fusion.training, *(stage.training for stage in fusion.stages)] == [True, True, False]
+    assert fusion.threshold == fusion.thresholds == found.thresholds
+    assert found.n == 500
+    assert "at least 0.9" in found.guarantee
+    assert "at most 10 %" in found.guarantee
+    assert found.leaving[0] > 0.4
+    assert found.chosen.cost == pytest.approx(10 - 9 * found.leaving[0])
+    inputs, targets = samples(20_000)
+    with torch.no_grad():
+        early, routing = fusion.eval()(inputs, return_routing=True)
+        full = fusion(inputs, exit=1)
+    assert routing.fractions[0] == pytest.approx(found.leaving[0], abs=0.06)
+    wrong = early.argmax(1) != targets
+    lost = {
+        "error": wrong,
+        "gap": wrong & (full.argmax(1) == targets),
+        "consistency": early.argmax(1) != full.argmax(1),
+    }
+    assert lost[risk].float().mean() <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (lambda x, y: [], ValueError, "batches is empty"),
+        (lambda x, y: [x], ValueError, r"must give \(inputs, targets\).*Tensor"),
+        (lambda x, y: [(x, y)], TypeError, "inputs of batch 0 must be a tuple.*Tensor"),
+        (lambda x, y: [((x,), y), ((x,), None)], ValueError, "got them for 1 of 2"),
+        (lambda x, y: [((x,), None)], ValueError, "targets"),
+        (lambda x, y: [((x,), y + 1)], ValueError, r"targets must be in 0\.\.3; got 4"),
+        (lambda x, y: [((x[:50],), y[:50])], ValueError, "50 rows are too few.*459 rows in all"),
+    ],
+)
+def test_refusals_of_a_cascade(batches, error, message):
+    fusion = cascade()
+    with pytest.raises(error, match=message):
+        fusion.calibrate(batches(*samples(600)))
+    assert fusion.threshold == 0.9

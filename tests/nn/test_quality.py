@@ -78,6 +78,18 @@ def test_extremes_are_exact_whatever_is_added():
         assert torch.equal(history.highest.amax(1), history.total.amax(0))
 
 
+@pytest.mark.parametrize("size", [65, 100, 127, 129])
+def test_extremes_of_the_last_block_forget_what_it_shares(size):
+    """It ends with the last sample, so it begins within the block before."""
+    history = QualityHistory(size, 1)
+    shared, last = torch.tensor([size - 64]), torch.tensor([size - 1])
+    for loss in (-5.0, 20.0, -10.0):
+        history.update(shared, torch.tensor([[loss]]))
+        assert history.lowest.amin() == history.total.amin()
+        assert history.highest.amax() == history.total.amax()
+        history.update(last, torch.zeros(1, 1))
+
+
 def test_a_repeated_index_is_added_twice():
     history = QualityHistory(4, 1)
     history.update(torch.tensor([2, 2, 0]), torch.tensor([[1.0], [2.0], [4.0]]))

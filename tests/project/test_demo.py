@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynmm_kernels import __main__ as command
-from dynmm_kernels.demo import bench, report, sweep
+from dynmm_kernels.demo import bench, qmf, qmf_report, report, sweep
 
 LOADED = """
 import sys
@@ -106,3 +106,26 @@ def test_sweep(tmp_path):
     assert "2 pairs" in sweep.table(points)
     if sweep.draw(points, tmp_path / "sweep.png"):
         assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_qmf(tmp_path):
+    """Every method under every noise, and what the cascade saves; whatever training came to."""
+    pytest.importorskip("sklearn")
+    found = qmf.experiment(epochs=1, seeds=1, rounds=1)
+    assert [row.method for row in found.rows] == [
+        *qmf.LATE,
+        "DynMM gate",
+        "QMF cascade, calibrated",
+    ]
+    late, *_, cascade = found.rows
+    for row in found.rows:
+        assert [*row.accuracy] == [*qmf_report.NOISES]
+        assert all(0 <= score <= 100 for score in row.accuracy.values())
+        assert row.time_ms > 0
+    assert cascade.macs <= late.macs
+    text = qmf_report.table(found)
+    assert found.guarantee in text
+    assert all(noise in text for noise in qmf_report.NOISES)
+    pytest.importorskip("matplotlib")
+    assert qmf_report.draw(found, tmp_path / "qmf.png")
+    assert (tmp_path / "qmf.png").stat().st_size > 10_000

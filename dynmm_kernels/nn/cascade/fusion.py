@@ -192,7 +192,7 @@ class CascadeFusion(nn.Module):
         self, batches: Iterable[tuple[tuple[Any, ...], Tensor | None]]
     ) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Scores [n, S-1], predicted classes [n, S] and targets [n] of all batches, and C."""
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         rows = []
         try:
@@ -212,7 +212,8 @@ class CascadeFusion(nn.Module):
                 predicted = torch.stack([logits.argmax(1) for logits in exits], 1)
                 rows.append((scores, predicted, targets, exits[0].shape[1]))
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
         if not rows:
             raise ValueError("CascadeFusion.calibrate: batches is empty")
         all_scores, predictions, given, classes = zip(*rows, strict=True)
