@@ -7,9 +7,12 @@ namespace dynmm {
 
 constexpr int kLongRow = 512;  // threads for a row that is more than they keep in registers
 
-// Threads of these kernels that an SM should hold. In fp64 arithmetic takes the time and registers.
+// The threads that an SM should hold, which bounds their registers. In fp64 arithmetic takes the
+// time.
 template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 512 : 1280;
+constexpr int resident(int threads) {
+  return sizeof(T) == 8 ? 512 : threads;
+}
 
 // kLanes threads, side by side, share a row. It is cut into units of kValues; of each chunk a lane
 // takes kUnits, kLanes apart. Lanes of a warp stay together, whatever rows they work on, for they

@@ -11,7 +11,7 @@ __device__ A sigmoid(A x) {
 }
 
 template <class T, class S, bool kLabels, class A = Accumulator<T>>
-__global__ void __launch_bounds__(S::kGroup, (sizeof(T) == 8 ? 512 : 1024) / S::kGroup)
+__global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     grad_rows(const __grid_constant__ Judged<T> call, const __grid_constant__ Incoming<T> in,
               const __grid_constant__ Outgoing<T> out) {
   using I = typename S::Index;
