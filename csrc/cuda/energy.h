@@ -45,14 +45,28 @@ struct Share {
     }
   }
 
-  // f(u, offset) for the lane's own units of a chunk; `offset`: from the first of them.
+  // f(u, offset, inside) for the lane's own units of a chunk, and for some outside; `offset`: from
+  // the first of them. What lies behind the end for all lanes is left out, four values at a time.
   template <class F>
-  static __device__ void units(Index first, Index stop, const F& f) {
+  static __device__ void all_units(Index first, Index stop, const F& f) {
+    constexpr int kStep = kValues < 4 ? 4 / kValues : 1;
     const Index left = stop - first - lane();
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (u * kLanes < left) f(u, u * kLanes);
+    for (int step = 0; step < kUnits; step += kStep) {
+      if (step * kLanes >= stop - first) continue;
+#pragma unroll
+      for (int u = step; u < step + kStep && u < kUnits; ++u) {
+        f(u, u * kLanes, u * kLanes < left);
+      }
     }
+  }
+
+  // f(u, offset) for those within the row.
+  template <class F>
+  static __device__ void units(Index first, Index stop, const F& f) {
+    all_units(first, stop, [&](int u, int offset, bool inside) {
+      if (inside) f(u, offset);
+    });
   }
 
   // The first of them, in a row that begins at `row`.
@@ -72,7 +86,16 @@ struct Share {
     });
   }
 
-  // f(u, v), value by value.
+  // f(u, v), value by value, also for some outside.
+  template <class F>
+  static __device__ void all_values(Index first, Index stop, const F& f) {
+    all_units(first, stop, [&](int u, int, bool) {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) f(u, v);
+    });
+  }
+
+  // f(u, v) for those within the row.
   template <class F>
   static __device__ void values(Index first, Index stop, const F& f) {
     units(first, stop, [&](int u, int) {
@@ -101,6 +124,13 @@ struct Share {
   template <class A>
   static __device__ A most(A own) {
     return joined(own, [](A a, A b) { return max(a, b); });
+  }
+
+  // What lane m of each side has.
+  template <class V>
+  static __device__ V of_lane(int m, V own) {
+    const unsigned lane = threadIdx.x % kWarp;
+    return __shfl_sync(kAllLanes, own, lane - lane % kSide + m);
   }
 
   // join(a, b) over `count` lanes side by side, a power of two within a warp.
@@ -142,14 +172,14 @@ template <class S, class A>
 struct LogSumExp {
   A top = -INFINITY, sum = 0;
 
-  // value(u, v): those of a chunk.
+  // value(u, v): those of a chunk; -inf outside of the row.
   template <class F>
   __device__ void add(typename S::Index first, typename S::Index stop, const F& value) {
     A most = top;
-    S::values(first, stop, [&](int u, int v) { most = max(most, value(u, v)); });
+    S::all_values(first, stop, [&](int u, int v) { most = max(most, value(u, v)); });
     const A base = base_of(most);
-    sum *= exp(top - base);
-    S::values(first, stop, [&](int u, int v) { sum += exp(value(u, v) - base); });
+    if (!S::kKept) sum *= exp(top - base);
+    S::all_values(first, stop, [&](int u, int v) { sum += exp(value(u, v) - base); });
     top = most;
   }
 
@@ -179,52 +209,40 @@ __device__ P labels_at(const Judged<T>& call, int64_t n, typename S::Index first
   return *reinterpret_cast<const P*>(row + (first + S::lane()) * S::kValues + offset);
 }
 
-// The weights of row n, once its energies are in memory. Each lane works one out, and all lanes of
-// a warp ask for one together.
+// The weight of modality m of row n, whose energy this is. Lane m of each side asks for it, all
+// lanes of a warp together; `here`: whether there is such a modality.
 template <class S, class T, class A = Accumulator<T>>
-class Weights {
- public:
-  __device__ Weights(const Judged<T>& call, int64_t n, const A* energies) {
-    const int m = S::lane() % S::kSide;
-    const bool here = m < call.modalities && is_present(call, n, m);
-    if (here) weight_ = call.scale * energies[n * (call.modalities + 1) + m];
-    if (here && call.weighting == kGiven) weight_ = call.weights[n * call.modalities + m];
-    if (call.weighting == kEnergy || call.weighting == kGiven) return;
-    const A score = !here ? A{-INFINITY} : call.weighting == kSoftmax ? weight_ : A{0};
-    const A top = S::over(kMostModalities, score, [](A a, A b) { return max(a, b); });
-    const A part = here ? exp(score - top) : A{0};
-    weight_ = part / S::over(kMostModalities, part, [](A a, A b) { return a + b; });
-  }
-
-  __device__ A operator()(int m) const {
-    const unsigned lane = threadIdx.x % kWarp;
-    return __shfl_sync(kAllLanes, weight_, lane - lane % S::kSide + m);
-  }
-
- private:
-  A weight_ = 0;
-};
+__device__ A weight_of(const Judged<T>& call, int64_t n, int m, bool here, A energy) {
+  const A confidence = call.scale * energy;
+  if (call.weighting == kEnergy) return here ? confidence : A{0};
+  if (call.weighting == kGiven) return here ? call.weights[n * call.modalities + m] : A{0};
+  const A score = !here ? A{-INFINITY} : call.weighting == kSoftmax ? confidence : A{0};
+  const A top = S::over(kMostModalities, score, [](A a, A b) { return max(a, b); });
+  const A part = here ? exp(score - top) : A{0};
+  const A total = S::over(kMostModalities, part, [](A a, A b) { return a + b; });
+  return here ? part / total : A{0};
+}
 
 template <class T>
 uint64_t bits_of(const Maps<const T>& rows, int64_t count) {
   return address_bits(rows.base) | (count > 1 ? static_cast<uint64_t>(rows.stride) * sizeof(T) : 0);
 }
 
-// Calls f(Share{}), the shorter the rows the fewer threads each. kBytes: what a lane keeps of a
-// row, or one unit if that is more. `bits`: of all addresses but those in `call`.
+// Calls f(Share{}), the shorter the rows the fewer threads each. kBytes: what a lane of a warp
+// keeps of a row, or one unit if that is more. `bits`: of all addresses but those in `call`.
 template <int kBytes, class T, class F>
 void visit_share(const Judged<T>& call, uint64_t bits, const F& f) {
   bits |= address_bits(call.labels) | static_cast<uint64_t>(call.classes) * sizeof(T);
   for (int m = 0; m < call.modalities; ++m) bits |= bits_of(call.logits[m], call.rows);
   visit_values<T>(bits, [&](auto values) {
-    constexpr int kValues = decltype(values)::value;
     constexpr int kWanted = kBytes / static_cast<int>(sizeof(Accumulator<T>));
-    constexpr int kUnits = kWanted > kValues ? kWanted / kValues : 1, kEach = kUnits * kValues;
-    if (call.classes <= 8 * kEach) return f(Share<kValues, 8, kUnits>{});
-    if (call.classes <= 16 * kEach) return f(Share<kValues, 16, kUnits>{});
-    if (call.classes <= kWarp * kEach) return f(Share<kValues, kWarp, kUnits>{});
-    if (call.classes <= kThreads * kEach) return f(Share<kValues, kThreads, kUnits>{});
-    f(Share<std::min(kValues, kWanted), kLongRow, ceil_div(kUnits, 2)>{});
+    constexpr int kValues = decltype(values)::value, kNarrow = std::min(kValues, kWanted);
+    constexpr int kUnits = std::max(kWanted / kValues, 1), kFew = std::max(kUnits / 2, 1);
+    if (call.classes <= 8 * kUnits * kValues) return f(Share<kValues, 8, kUnits>{});
+    if (call.classes <= 16 * kUnits * kValues) return f(Share<kValues, 16, kUnits>{});
+    if (call.classes <= kWarp * kUnits * kValues) return f(Share<kValues, kWarp, kUnits>{});
+    if (call.classes <= kThreads * kFew * kNarrow) return f(Share<kNarrow, kThreads, kFew>{});
+    f(Share<kNarrow, kLongRow, kFew>{});
   });
 }
 

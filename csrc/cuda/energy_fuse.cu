@@ -39,23 +39,27 @@ __device__ A binary_loss(A x, A label) {
 }
 
 template <class T, class S, class A = Accumulator<T>>
-__global__ void __launch_bounds__(S::kGroup, resident<T>(1280) / S::kGroup)
+__global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     fuse_rows(const __grid_constant__ Judged<T> call, const __grid_constant__ Fused<T> out) {
   using I = typename S::Index;
   const bool inside = S::row() < call.rows;  // who is not repeats the last row and writes nothing
   const int64_t n = inside ? S::row() : call.rows - 1;
-  const int modalities = call.modalities;
+  const int modalities = call.modalities, own = S::lane() % S::kSide;
+  const bool own_here = own < modalities && is_present(call, n, own);
   const auto units = static_cast<I>(call.classes / S::kValues);
   const I named = class_of<S>(call, n);
-  Unit<T, S::kValues> x[S::kUnits];
-  A fused[S::kUnits][S::kValues] = {}, fused_named = 0;
+  const A at_named = own_here ? static_cast<A>(call.logits[own].sample(n)[max(named, I{0})]) : A{0};
+  A energy = 0, loss = 0;  // of the lane's own modality
 
+  Unit<T, S::kValues> x[S::kUnits];
+  A fused[S::kUnits][S::kValues] = {};
   const auto read = [&](int m, I first, I stop) {
-    const auto* own = S::own(call.logits[m].sample(n), first);
-    S::units(first, stop, [&](int u, int offset) { x[u] = own[offset]; });
-  };
-  const auto read_named = [&](int m) {
-    return static_cast<A>(call.logits[m].sample(n)[max(named, I{0})]);
+    const auto* from = S::own(call.logits[m].sample(n), first);
+    S::all_units(first, stop, [&](int u, int offset, bool inside) {
+#pragma unroll
+      for (int v = 0; v < S::kValues; ++v) x[u].value[v] = static_cast<T>(-INFINITY);
+      if (inside) x[u] = from[offset];
+    });
   };
   const auto value = [&](int u, int v) { return static_cast<A>(x[u].value[v]); };
   const auto fused_value = [&](int u, int v) { return fused[u][v]; };
@@ -71,71 +75,78 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1280) / S::kGroup)
     });
     return sum;
   };
-  // Of modality m, or behind the last of what is fused. `loss`: the lane's part of binary ones.
-  const auto report = [&](int m, bool here, A energy, A loss, A at_named) {
-    if (call.labels != nullptr) loss = S::sum(loss) / static_cast<A>(call.classes);
-    if (call.named != nullptr) loss = !here ? A{0} : named < 0 ? A{NAN} : energy - at_named;
-    if (!inside || S::lane() > 0) return;
-    const int64_t at = n * (modalities + 1) + m;
-    out.energies[at] = energy;
-    if (out.losses != nullptr) out.losses[at] = loss;
-    if (m < modalities) out.confidence[n * modalities + m] = call.scale * energy;
+  const auto loss_of = [&](A energy, A at_named, A binary) {
+    if (call.labels != nullptr) return S::sum(binary) / static_cast<A>(call.classes);
+    return named < 0 ? A{NAN} : energy - at_named;
   };
 
   Blend<T> blend(call, n);
 #pragma unroll 1
   for (int m = 0; m < modalities; ++m) {
-    const bool here = is_present(call, n, m);
+    const bool here = S::of_lane(m, static_cast<int>(own_here));
     const I stop = here ? units : 0;
     LogSumExp<S, A> sum;
-    A loss = 0;
+    A binary = 0;
     S::chunks(stop, [&](I first) {
       read(m, first, stop);
       sum.add(first, stop, value);
-      loss += binary_losses(first, stop, value);
+      binary += binary_losses(first, stop, value);
     });
-    const A all = sum.value(), energy = here ? all : A{0}, at_named = here ? read_named(m) : A{0};
-    report(m, here, energy, loss, at_named);
+    const A of_all = sum.value(), of_loss = loss_of(of_all, at_named, binary);
+    if (own == m && here) {
+      energy = of_all;
+      loss = of_loss;
+    }
     if (!S::kKept || !here) continue;
-    blend.add(m, energy);
-    S::values(0, units, [&](int u, int v) {
+    blend.add(m, of_all);
+    S::all_values(0, units, [&](int u, int v) {
       fused[u][v] = fused[u][v] * blend.kept + blend.weight * value(u, v);
     });
-    fused_named = fused_named * blend.kept + blend.weight * at_named;
   }
 
+  const A weight = weight_of<S>(call, n, own, own_here, energy);
   LogSumExp<S, A> sum;
-  A loss = 0;
+  A binary = 0;
   const auto finish = [&](I first) {
+    S::all_units(first, units, [&](int u, int, bool inside) {
+#pragma unroll
+      for (int v = 0; v < S::kValues && !inside; ++v) fused[u][v] = -INFINITY;
+    });
     if (call.named != nullptr) sum.add(first, units, fused_value);
-    loss += binary_losses(first, units, fused_value);
+    binary += binary_losses(first, units, fused_value);
     S::write(out.fused + n * call.classes, first, inside ? units : 0, fused_value);
   };
   if constexpr (S::kKept) {
     const A share = blend.share();
-    S::values(0, units, [&](int u, int v) { fused[u][v] *= share; });
-    fused_named *= share;
+    S::all_values(0, units, [&](int u, int v) { fused[u][v] *= share; });
     finish(0);
   } else {
-    __syncthreads();  // until the energies are written
-    const Weights<S, T> weights(call, n, out.energies);
     S::chunks(units, [&](I first) {
-      S::values(first, units, [&](int u, int v) { fused[u][v] = 0; });
+      S::all_values(first, units, [&](int u, int v) { fused[u][v] = 0; });
 #pragma unroll 1
       for (int m = 0; m < modalities; ++m) {
-        const A weight = weights(m);
-        if (!is_present(call, n, m)) continue;
+        const A of_m = S::of_lane(m, weight);
+        if (!S::of_lane(m, static_cast<int>(own_here))) continue;
         read(m, first, units);
-        S::values(first, units, [&](int u, int v) { fused[u][v] += weight * value(u, v); });
+        S::all_values(first, units, [&](int u, int v) { fused[u][v] += of_m * value(u, v); });
       }
       finish(first);
     });
-    for (int m = 0; m < modalities; ++m) {
-      const A weight = weights(m);
-      if (is_present(call, n, m)) fused_named += weight * read_named(m);
-    }
   }
-  report(modalities, true, call.named != nullptr ? sum.value() : A{0}, loss, fused_named);
+  const A last = call.named != nullptr ? sum.value() : A{0};
+  const A fused_named =
+      S::over(kMostModalities, own_here ? weight * at_named : A{0}, [](A a, A b) { return a + b; });
+  const A last_loss = loss_of(last, fused_named, binary);
+  const int64_t at = n * (modalities + 1);
+  if (inside && S::lane() < modalities) {
+    out.energies[at + own] = energy;
+    out.confidence[at - n + own] = call.scale * energy;
+    if (out.losses != nullptr) out.losses[at + own] = loss;
+  }
+  if (inside && S::lane() == 0) {
+    out.energies[at + modalities] = last;
+    if (out.losses != nullptr) out.losses[at + modalities] = last_loss;
+  }
 }
 
 struct Fuse : OnDevice {
@@ -143,7 +154,7 @@ struct Fuse : OnDevice {
 
   template <class T>
   void fuse(const Judged<T>& call, const Fused<T>& out) const {
-    visit_share<32>(call, address_bits(out.fused), [&](auto share) {
+    visit_share<56>(call, address_bits(out.fused), [&](auto share) {
       using S = decltype(share);
       const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(call.rows, S::kRows));
       fuse_rows<T, S><<<blocks, S::kGroup, 0, stream()>>>(call, out);

@@ -19,15 +19,30 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
   using P = Unit<A, kPiece>;
   const bool inside = S::row() < call.rows;  // who is not repeats the last row and writes nothing
   const int64_t n = inside ? S::row() : call.rows - 1;
-  const int modalities = call.modalities;
+  const int modalities = call.modalities, own = S::lane() % S::kSide;
+  const bool own_here = own < modalities && is_present(call, n, own);
   const auto units = static_cast<I>(call.classes / S::kValues);
   const I named = class_of<S>(call, n);
   const int64_t at = n * (modalities + 1);
-  const Weights<S, T> weights(call, n, in.energies);
   // Whether the gradient of fused goes on through the weights.
   const bool through = !in.detach && (call.weighting == kEnergy || call.weighting == kSoftmax);
   const bool with_mean = through && call.weighting == kSoftmax;
   const bool with_dots = through || call.weighting == kGiven;
+  // A loss passes on what it is given, or that of each label its part.
+  const auto of_loss_at = [&](int m) {
+    const A of_loss = in.losses[at + m];
+    return kLabels ? of_loss / static_cast<A>(call.classes) : of_loss;
+  };
+
+  // Of the lane's own modality.
+  A energy = 0, of_energy = 0, of_loss = 0, of_weight = 0;
+  if (own_here) {
+    energy = in.energies[at + own];
+    if (in.losses != nullptr) of_loss = of_loss_at(own);
+    if (in.confidence != nullptr) of_energy = call.scale * in.confidence[at - n + own];
+    if (!kLabels) of_energy += of_loss;
+  }
+  const A weight = weight_of<S>(call, n, own, own_here, energy);
 
   Unit<T, S::kValues> x[S::kUnits];
   int held = -1;  // the modality in x
@@ -35,11 +50,6 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     const auto* own = S::own(call.logits[m].sample(n), first);
     S::units(first, stop, [&](int u, int offset) { x[u] = own[offset]; });
     held = m;
-  };
-  // Of the loss of modality m, or of a label's part in it.
-  const auto loss_gradient = [&](int m) {
-    const A of_loss = in.losses == nullptr ? A{0} : in.losses[at + m];
-    return kLabels ? of_loss / static_cast<A>(call.classes) : of_loss;
   };
   // Adds to a piece of a gradient, at `offset`, what comes through the logsumexp of values `of`,
   // ...
@@ -70,11 +80,11 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     S::values(first, units, [&](int u, int v) { of_fused[u][v] = 0; });
 #pragma unroll 1
     for (int m = 0; m < modalities && (in.losses != nullptr || with_mean); ++m) {
-      const A weight = weights(m);
-      if (!is_present(call, n, m)) continue;
+      const A of_m = S::of_lane(m, weight);
+      if (!S::of_lane(m, static_cast<int>(own_here))) continue;
       read(m, first, units);
       S::values(first, units,
-                [&](int u, int v) { of_fused[u][v] += weight * static_cast<A>(x[u].value[v]); });
+                [&](int u, int v) { of_fused[u][v] += of_m * static_cast<A>(x[u].value[v]); });
     }
     S::template pieces<A>(first, units, [&](int u, int from, int offset) {
       P fused, grad{};
@@ -87,7 +97,7 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
         for (int v = 0; v < kPiece; ++v) grad.value[v] = static_cast<A>(given.value[v]);
       }
       if (in.losses != nullptr) {
-        const A of_loss = loss_gradient(modalities), energy = in.energies[at + modalities];
+        const A of_loss = of_loss_at(modalities), energy = in.energies[at + modalities];
         if (!kLabels && call.named != nullptr) add_energy(fused, of_loss, energy, grad);
         add_target(first, offset, fused, of_loss, grad);
       }
@@ -106,21 +116,24 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     return sum;
   };
 
-  __shared__ A dots[S::kKept ? 1 : kMostModalities][S::kKept ? 1 : S::kGroup];
   if constexpr (S::kKept) {
     follow_fused(0);
   } else if (with_dots) {
+    __shared__ A dots[kMostModalities][S::kGroup];
     for (int m = 0; m < modalities; ++m) dots[m][threadIdx.x] = 0;
     S::chunks(units, [&](I first) {
       follow_fused(first);
 #pragma unroll 1
       for (int m = 0; m < modalities; ++m) {
-        if (!is_present(call, n, m)) continue;
+        if (!S::of_lane(m, static_cast<int>(own_here))) continue;
         read(m, first, units);
         dots[m][threadIdx.x] += dot(first, units);
       }
     });
-    for (int m = 0; m < modalities; ++m) dots[m][threadIdx.x] = S::sum(dots[m][threadIdx.x]);
+    for (int m = 0; m < modalities; ++m) {
+      const A sum = S::sum(dots[m][threadIdx.x]);
+      if (own == m) of_weight = sum;
+    }
   }
   if (with_mean) mean = S::sum(mean);
   const A whole = mean;
@@ -129,35 +142,34 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     if constexpr (!S::kKept) follow_fused(first);
 #pragma unroll 1
     for (int m = modalities; m-- > 0;) {
-      const bool here = is_present(call, n, m);
+      const bool here = S::of_lane(m, static_cast<int>(own_here));
       const I stop = here ? units : 0;
-      const A weight = weights(m);
       if (!S::kKept || m != held) read(m, first, stop);
-      A of_weight = 0;
-      if constexpr (S::kKept) {
-        if (with_dots) of_weight = S::sum(dot(first, stop));
-      } else if (with_dots) {
-        of_weight = dots[m][threadIdx.x];
+      if (S::kKept && with_dots) {
+        const A sum = S::sum(dot(first, stop));
+        if (own == m) of_weight = sum;
       }
-      A of_energy = in.confidence == nullptr ? A{0} : in.confidence[n * modalities + m];
-      if (through) of_energy += with_mean ? weight * (of_weight - whole) : of_weight;
-      of_energy *= call.scale;
-      const A of_loss = loss_gradient(m);
-      if (!kLabels && call.named != nullptr) of_energy += of_loss;
+      const A of_x = S::of_lane(m, weight);
+      A of_p = S::of_lane(m, of_energy);
+      if (through) {
+        const A of_w = S::of_lane(m, of_weight);
+        of_p += call.scale * (with_mean ? of_x * (of_w - whole) : of_w);
+      }
+      const A of_target = S::of_lane(m, of_loss), of_all = S::of_lane(m, energy);
       auto* to = S::own(out.logits[m] + n * call.classes, first);
       S::units(first, inside ? units : 0, [&](int u, int offset) {
         Unit<T, S::kValues> result{};
 #pragma unroll
         for (int from = 0; from < S::kValues && here; from += kPiece) {
-          P own, grad;
+          P values, grad;
 #pragma unroll
           for (int v = 0; v < kPiece; ++v) {
-            own.value[v] = static_cast<A>(x[u].value[from + v]);
-            grad.value[v] = weight * of_fused[u][from + v];
+            values.value[v] = static_cast<A>(x[u].value[from + v]);
+            grad.value[v] = of_x * of_fused[u][from + v];
           }
-          add_energy(own, of_energy, in.energies[at + m], grad);
+          add_energy(values, of_p, of_all, grad);
           if (in.losses != nullptr) {
-            add_target(first, offset * S::kValues + from, own, of_loss, grad);
+            add_target(first, offset * S::kValues + from, values, of_target, grad);
           }
 #pragma unroll
           for (int v = 0; v < kPiece; ++v) {
@@ -166,11 +178,11 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
         }
         to[offset] = result;
       });
-      if (out.weights != nullptr && inside && first == 0 && S::lane() == 0) {
-        out.weights[n * modalities + m] = of_weight;
-      }
     }
   });
+  if (out.weights != nullptr && inside && S::lane() < modalities) {
+    out.weights[at - n + own] = of_weight;
+  }
 }
 
 struct Grads : OnDevice {
@@ -188,7 +200,7 @@ struct Grads : OnDevice {
     if (call.labels != nullptr) {
       visit_share<16>(call, bits, [&](auto share) { launch(share, std::true_type{}); });
     } else {
-      visit_share<32>(call, bits, [&](auto share) { launch(share, std::false_type{}); });
+      visit_share<56>(call, bits, [&](auto share) { launch(share, std::false_type{}); });
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -84,7 +84,7 @@ def test_no_spills_and_no_local_memory(compiled, source, architecture):
         assert shared is None or int(shared[1]) <= SHARED_BYTES, name
         registers = re.search(r"Used (\d+) registers", entry)
         assert registers is not None, name
-        most = 96 if "_rowsIdNS_5Share" in name else 64  # exp in fp64 is arithmetic, not memory
+        most = 128 if "_rowsIdNS_5Share" in name else 64  # exp in fp64 is arithmetic, not memory
         assert int(registers[1]) <= most, f"{name}: {registers[0]} leave too few blocks per SM"
 
 
