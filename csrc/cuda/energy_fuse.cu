@@ -39,7 +39,7 @@ __device__ A binary_loss(A x, A label) {
 }
 
 template <class T, class S, class A = Accumulator<T>>
-__global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
+__global__ void __launch_bounds__(S::kGroup, resident<T>() / S::kGroup)
     fuse_rows(const __grid_constant__ Judged<T> call, const __grid_constant__ Fused<T> out) {
   using I = typename S::Index;
   const bool inside = S::row() < call.rows;  // who is not repeats the last row and writes nothing

@@ -1,5 +1,5 @@
-// energy_fuse_grads on a GPU. Rows are read as often as registers make it necessary, from memory
-// once as long as they stay in a cache.
+// energy_fuse_grads on a GPU. A row is read for its part in fused, and again for its own gradient,
+// from a cache, unless registers still hold it.
 #include "cuda/energy.h"
 
 namespace dynmm {
@@ -11,7 +11,7 @@ __device__ A sigmoid(A x) {
 }
 
 template <class T, class S, bool kLabels, class A = Accumulator<T>>
-__global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
+__global__ void __launch_bounds__(S::kGroup, resident<T>() / S::kGroup)
     grad_rows(const __grid_constant__ Judged<T> call, const __grid_constant__ Incoming<T> in,
               const __grid_constant__ Outgoing<T> out) {
   using I = typename S::Index;
@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     return kLabels ? of_loss / static_cast<A>(call.classes) : of_loss;
   };
 
-  // Of the lane's own modality.
-  A energy = 0, of_energy = 0, of_loss = 0, of_weight = 0;
+  A energy = 0, of_energy = 0, of_loss = 0, of_weight = 0;  // the lane's own modality's
   if (own_here) {
     energy = in.energies[at + own];
     if (in.losses != nullptr) of_loss = of_loss_at(own);
@@ -51,13 +50,12 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     S::units(first, stop, [&](int u, int offset) { x[u] = own[offset]; });
     held = m;
   };
-  // Adds to a piece of a gradient, at `offset`, what comes through the logsumexp of values `of`,
-  // ...
+  // Adds to a piece of a gradient what goes through the logsumexp of values `of`, their `energy`.
   const auto add_energy = [](const P& of, A of_energy, A energy, P& to) {
 #pragma unroll
     for (int v = 0; v < kPiece; ++v) to.value[v] += of_energy * exp(of.value[v] - energy);
   };
-  // ... and what else their loss has.
+  // Adds what else their loss passes on; `offset`: where the piece is.
   const auto add_target = [&](I first, int offset, const P& of, A of_loss, P& to) {
     if constexpr (!kLabels) {
       const I column = max(named, I{0}) - (first + S::lane()) * S::kValues;
@@ -74,8 +72,9 @@ __global__ void __launch_bounds__(S::kGroup, resident<T>(1024) / S::kGroup)
     }
   };
 
-  A of_fused[S::kUnits][S::kValues];  // fused first
-  A mean = 0;                         // the lane's part of the product of the two
+  // The gradient of a chunk of fused, in place of fused itself, and the lane's part of the product
+  // of the two: the mean of what the weights get.
+  A of_fused[S::kUnits][S::kValues], mean = 0;
   const auto follow_fused = [&](I first) {
     S::values(first, units, [&](int u, int v) { of_fused[u][v] = 0; });
 #pragma unroll 1

@@ -84,7 +84,8 @@ def test_no_spills_and_no_local_memory(compiled, source, architecture):
         assert shared is None or int(shared[1]) <= SHARED_BYTES, name
         registers = re.search(r"Used (\d+) registers", entry)
         assert registers is not None, name
-        most = 128 if "_rowsIdNS_5Share" in name else 64  # exp in fp64 is arithmetic, not memory
+        # With exp in fp64 it is arithmetic that takes the time, not memory.
+        most = 128 if re.search(r"_rowsIdNS_5Share", name) else 64
         assert int(registers[1]) <= most, f"{name}: {registers[0]} leave too few blocks per SM"
 
 
