@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import checks, sorting
+from ..adaptive import Adaptive
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
 from ..decision import Decision, forced, forced_mask, uniform
 from ..gates import ask
 from ..routing import Routing
 from ..rules import MULTI_HOT, TOP_ONE, rule_of
-from ..settings import Settings
 from . import ways
 
 
-class RoutedFusion(Settings):
+class RoutedFusion(Adaptive):
     """Runs, for every sample, the branch its gate chooses, and only that (DynMM, eq. 1-3).
 
     Args:
@@ -28,7 +28,8 @@ class RoutedFusion(Settings):
             structure: a tensor [n, ...] or a pytree of such.
         execution: "routed": each branch on its own samples only. "masked": every branch on every
             sample, times 0 or 1. "dense": every branch on every sample, times its probability.
-            "auto": routed.
+            "auto": routed or masked, whichever was measured to be faster here for such batches;
+            masked, it selects in place of multiplying. Without evidence routed. See `explain`.
         gate_grad: the gradient of the gate where its graph is recorded. "straight_through": exactly
             that of masked execution; the samples a branch was not chosen for run through it without
             a graph. "selected": from the chosen branch alone; cheapest, biased. "none": none.
@@ -169,6 +170,9 @@ class RoutedFusion(Settings):
         super().__setattr__(name, value)
         if name in ("select", "gate_returns") and "select" in self.__dict__:
             self.rule = rule_of(self.select, len(self.branches), self.gate_returns)
+
+    def _part_names(self) -> list[str]:
+        return [branch.label for branch in part(self, "branches").all()]
 
     def costs(self) -> tuple[float, ...] | None:
         """Cost per sample of each branch; None where a branch has none."""

@@ -60,7 +60,8 @@ class ChainedFusion(StackFusion):
             returned, before the fusion, as in DynMM's SkipESANet.
         independent: keep_k = own_k: nobody is dropped for good, cells decide one by one (Stage I of
             that model). Then auxiliary stages run on every sample in any mode.
-        execution: "routed", "masked", "dense" (own_k is a probability) or "auto" (routed).
+        execution: "routed", "masked", "dense" (own_k is a probability) or "auto" (whichever of the
+            first two was measured to be faster here, for such N).
         gate_grad: "straight_through": exactly that of masked execution,
             d/d keep_k = <dm, fusion_k(r, a) - r>, through the product above to all gates up to k.
             So a dropped sample follows without a graph as long as later gates would have kept it.
@@ -176,6 +177,15 @@ class ChainedFusion(StackFusion):
             self._report(current, kept)
 
     def _run_gated(self, current: Pass) -> None:
+        gates = part(self, "gates")._modules.values()
+        if self.execution == "auto" and any(gate.couples_samples() for gate in gates):
+            self.chooser.last = "BatchNorm of a gate is coupled to which samples it sees"
+            self._run_chain(current)
+            return
+        grad = self.gate_grad if torch.is_grad_enabled() else None
+        self._run_faster(current, (), grad, lambda: self._run_chain(current))
+
+    def _run_chain(self, current: Pass) -> None:
         gates = part(self, "gates")._modules.values()
         coupled = self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
         size, last = len(current.cells), self._last_whole(False)
