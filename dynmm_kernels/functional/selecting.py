@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def select_learning(
 ) -> Tensor:
     """What `write(out)` selects, with the graph of sum_b weights[:, b] * outputs[b].
 
-    The sum has these values, unless what it multiplies by zero is nan or inf. Its last step keeps
-    nothing of its result for the backward pass, so that may be written over.
+    The sum has these values, unless what it multiplies by zero is nan or inf: then they are written
+    over it. Its last step keeps nothing of its result for the backward pass.
 
     `weights`: [N, B], zeros and ones with the gradient of a gate; B is 2 at least.
     """
@@ -60,8 +61,10 @@ def select_learning(
     for column, output in zip(columns[1:], outputs[1:], strict=True):
         total = total + column * output
     total = total.to(outputs[0].dtype)
-    with torch.no_grad():
-        write(total.detach())
+    values = total.detach()
+    if not (values.is_cpu and math.isfinite(abs(values.sum().item()))):  # a GPU is not waited for
+        with torch.no_grad():
+            write(values)
     return total
 
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..functional import autograd, tree
-from .chooser import MASKED, ROUTED, Chooser
+from .cell import MASKED, ROUTED
+from .chooser import Chooser
 from .explanation import Explanation
 from .settings import Settings
 from .stopwatch import clock_of, follow_backward
 
 # What is recorded where no graph is: by the general way, and by the short one.
 FORWARD, FLAT = "forward", "plain forward"
+NO_GATE = "without the gate"  # a graph that does not lead through it
 
 
 def hindrance() -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .chooser import ROUTED, Chooser, Estimate
+from .cell import ROUTED
+from .chooser import Chooser, Estimate
 
 
 @dataclass(frozen=True)

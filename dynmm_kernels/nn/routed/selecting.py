@@ -44,6 +44,7 @@ def run_selecting(branches: Sequence[Branch], batch: Arguments, decision: Decisi
         if not movement.carries_gradient(first):
             return decision.blend(column, decision.selected if weights is None else weights)
         if weighted:
+            assert weights is not None
             dtype = movement.widest_dtype(column)
             column = [as_column(weights[:, b], y) * y for b, y in enumerate(column)]
         column = movement.same_dtype(column)

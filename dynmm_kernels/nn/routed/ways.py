@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...functional import tree
-from ..adaptive import FORWARD, Adaptive, hindrance, run_faster
+from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
@@ -37,7 +37,7 @@ def run(
 
     return run_faster(
         fusion.chooser,
-        (decision.grad or "without the gate") if torch.is_grad_enabled() else FORWARD,
+        (decision.grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
         plan.num_rows,
         plan.counts,
         plan.order.device,

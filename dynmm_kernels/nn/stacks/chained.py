@@ -177,25 +177,21 @@ class ChainedFusion(StackFusion):
             self._report(current, kept)
 
     def _run_gated(self, current: Pass) -> None:
+        self._run_faster(current, (), lambda: self._run_chain(current), self._gates_couple())
+
+    def _gates_couple(self) -> bool:
         gates = part(self, "gates")._modules.values()
-        if self.execution == "auto" and any(gate.couples_samples() for gate in gates):
-            self.chooser.last = "BatchNorm of a gate is coupled to which samples it sees"
-            self._run_chain(current)
-            return
-        grad = self.gate_grad if torch.is_grad_enabled() else None
-        self._run_faster(current, (), grad, lambda: self._run_chain(current))
+        return self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
 
     def _run_chain(self, current: Pass) -> None:
-        gates = part(self, "gates")._modules.values()
-        coupled = self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
         size, last = len(current.cells), self._last_whole(False)
-        if self.execution == "dense" or coupled or self._runs_everywhere(current):
+        if self.execution == "dense" or self._gates_couple() or self._runs_everywhere(current):
             last = size
         kept = self._nothing_dropped(current)
         if last:
             prefix, keep = self._run_whole(current, kept, last)
         else:
-            prefix, keep = Prefix(current.inputs, current.reads_aux), None
+            prefix, keep = Prefix(current.inputs, any(cell.reads for cell in current.cells)), None
         if last < size:
             self._run_routed(current, kept, prefix, keep, last)
         if current.reports:

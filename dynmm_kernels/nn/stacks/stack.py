@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import movement, selecting, sorting
-from ..adaptive import FORWARD, Adaptive, hindrance, run_faster
+from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
@@ -41,11 +41,6 @@ class Pass:
     def num_rows(self) -> int:
         """N."""
         return self.inputs[0].shape[0]
-
-    @property
-    def reads_aux(self) -> bool:
-        """Whether any cell needs the auxiliary stream."""
-        return any(cell.reads for cell in self.cells)
 
     def routing(self) -> DepthRouting:
         """The decision and what it cost."""
@@ -168,48 +163,43 @@ class StackFusion(Adaptive):
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
         plan = current.decision.plan
         counts = plan.counts if plan is not None and self.execution == "auto" else ()
-        grad = current.decision.grad
-        self._run_faster(current, counts, grad, lambda: self._run_decided(current))
+        self._run_faster(current, counts, lambda: self._run_decided(current))
 
     def _run_faster(
-        self, current: Pass, counts: Sequence[int], grad: str | None, run: Callable[[], None]
+        self, current: Pass, counts: Sequence[int], run: Callable[[], None], whole: bool = False
     ) -> None:
-        """`run()` as "auto" finds it faster, with or without `current.masked`."""
-        reason = None
-        if self.execution != "auto" or self._runs_everywhere(current):
+        """`run()` as "auto" finds it faster, with `current.masked` or without."""
+        reason = self.chooser.barred or hindrance()
+        if whole or self._runs_everywhere(current):
             reason = "every stage needs the whole batch"
-        elif self.chooser.barred is not None:
-            reason = self.chooser.barred
-        elif self.batch_norm == "subset" and any(c.couples_samples() for c in current.cells):
+        elif any(cell.couples_samples() for cell in current.cells):
             reason = "BatchNorm on the samples that fuse is asked for"
-        else:
-            reason = hindrance()
-        if reason is not None:
-            if self.execution == "auto":
-                self.chooser.last = reason
+        if reason is not None or self.execution != "auto":
+            self.chooser.last = reason if self.execution == "auto" else None
             run()
             return
+        gate_cost, decision = current.gate_cost, current.decision
+        grad = decision.grad or (self.gate_grad if decision.choice is None else None)
 
         def start(masked: bool) -> None:
             current.masked, current.gate_cost = masked, gate_cost
             run()
 
-        gate_cost, (main, aux) = current.gate_cost, current.inputs
         run_faster(
             self.chooser,
-            (grad or "without the gate") if torch.is_grad_enabled() else FORWARD,
+            (grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
             current.num_rows,
             counts,
-            main.device,
+            current.inputs[0].device,
             (lambda: start(False), lambda: start(True)),
-            lambda _: ([*current.outputs.values()], (main, aux)),
+            lambda _: (current.outputs.values(), current.inputs),
         )
 
     def _run_decided(self, current: Pass) -> None:
         decision, plan, last = current.decision, current.decision.plan, self._last_whole(True)
         learns, exact = decision.grad is not None, decision.exact
         everywhere = self._runs_everywhere(current)
-        prefix = Prefix(current.inputs, current.reads_aux)
+        prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
         if everywhere or last:
             # Of a sum of weights all keep their gradient, and of a pair the one that is not zero.
             weights = decision.weights() if learns else decision.selected.float()
@@ -271,7 +261,7 @@ class StackFusion(Adaptive):
                 lent.append(main)
                 current.outputs[k] = apart(main, current.inputs)
         current.rows_run = rows_run
-        prefix = Prefix(current.inputs, current.reads_aux)
+        prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
         prefix.main, prefix.aux, prefix.unfused = main, aux, unfused
         prefix.lent, prefix.seen, prefix.rows_run = lent, seen, rows_run
         return prefix
