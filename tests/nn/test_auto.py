@@ -244,8 +244,9 @@ def test_calibrate_leaves_no_trace(training):
         choosing([0, 1] * 6, 2),
         [nn.Sequential(mlp(), nn.BatchNorm1d(3).double(), nn.Dropout()), mlp()],
     ).train(training)
-    before, draw = copy.deepcopy(fusion.state_dict()), torch.get_rng_state()
-    explained = fusion.calibrate(batch(), rounds=4)
+    before, x = copy.deepcopy(fusion.state_dict()), batch()
+    draw = torch.get_rng_state()
+    explained = fusion.calibrate(x, rounds=4)
     assert all(known.calls == 4 for known in explained.estimates.values())
     assert torch.equal(draw, torch.get_rng_state())
     for name, value in fusion.state_dict().items():
