@@ -80,6 +80,6 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         return None
     modules, chooser = state["_modules"], state["chooser"]
     branches = [*modules["branches"]._modules.values()]
-    if state["execution"] == "routed":
+    if state["execution"] == "routed" or torch.compiler.is_compiling():
         chooser = None
     return run_flat(modules["gate"], branches, inputs, chooser)
