@@ -48,6 +48,12 @@ MAPS = (
         for last in (False, True)
     ),
 )
+# Rows, classes and modalities: rows of every length that kernels tell apart, in step with accesses
+# of 16 bytes and not.
+ENERGIES = (
+    *((0, 3, 2), (1, 1, 1), (33, 7, 2), (5, 40, 3), (3, 64, 8), (5, 101, 2)),
+    *((3, 128, 2), (3, 200, 2), (2, 300, 1), (1, 1000, 2), (2, 1001, 2), (1, 4104, 3)),
+)
 
 
 def reference(op: str, *arguments: Any) -> Any:

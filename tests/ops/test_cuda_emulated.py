@@ -84,5 +84,11 @@ def test_se_add(run, dtype, shape, channels_last):
         cases.check_se_add(run, dtype, shape, channels_last, active)
 
 
+@pytest.mark.parametrize(("rows", "classes", "modalities"), cases.ENERGIES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_energy_fuse(run, dtype, rows, classes, modalities):
+    cases.check_energy_fuse(run, dtype, rows, classes, modalities)
+
+
 def test_many_outputs(run):
     cases.check_many_outputs(run, 300)

@@ -109,6 +109,12 @@ def test_se_add(backend, dtype, shape, channels_last):
         cases.check_se_add(run, dtype, shape, channels_last, active)
 
 
+@pytest.mark.parametrize(("rows", "classes", "modalities"), cases.ENERGIES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_energy_fuse(backend, dtype, rows, classes, modalities):
+    cases.check_energy_fuse(run, dtype, rows, classes, modalities)
+
+
 def test_many_outputs(backend):
     cases.check_many_outputs(run, 300)
 

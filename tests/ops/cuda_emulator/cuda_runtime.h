@@ -25,10 +25,20 @@
 #define __shared__ static
 
 using cudaStream_t = void*;
+using std::abs;
+using std::exp;
 using std::isfinite;
 using std::isnan;
+using std::log;
+using std::log1p;
 using std::max;
 using std::min;
+
+// Of a number and NaN these give the number.
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
