@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ FORWARD = {
     "masked_compiled": "masked",
     "loop": "masked",
     "routed": "masked",
+    "auto": "masked",
     "bare": "masked",
 }
 TRAINING = {
@@ -44,6 +46,7 @@ TRAINING = {
     "masked": "masked",
     "loop": "selected",
     "routed": "masked",
+    "auto": "masked",
     "routed_selected": "selected",
     "bare": "masked",
     "bare_selected": "selected",
@@ -156,6 +159,12 @@ class Problem:
         x = tree_map(lambda t: t.double() if t.is_floating_point() else t, self.x)
         return Problem(self.setting, gate, experts, x, self.target.double(), self.choice)
 
+    @cached_property
+    def auto(self) -> RoutedFusion:
+        fusion = routed_fusion(self.gate, self.experts)
+        fusion.training = self.setting.training  # of the parts it was set
+        return fusion
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for module in (self.gate, *self.experts.values()) for p in module.parameters()]
 
@@ -174,6 +183,7 @@ class Problem:
             "masked": lambda: baselines.masked(gate, experts, x),
             "loop": lambda: baselines.handwritten_loop(gate, experts, x),
             "routed": lambda: fusion(x),
+            "auto": lambda: self.auto(x),
             "bare": Bare.prepare(gate, experts, x, self.choice).forward,
         }
         if self.setting.compiled:
@@ -260,5 +270,6 @@ class Problem:
 def contest(setting: Setting) -> Contest:
     """Checked without dropout (draws differ between rows), to be timed with the paper's."""
     errors = Problem.build(setting, dropout=0.0).errors()
-    rows = Problem.build(setting).rows()
-    return Contest(rows, errors, TOLERANCE[setting.dtype], setting.device)
+    problem = Problem.build(setting)
+    problem.auto.calibrate(problem.x, rounds=3)
+    return Contest(problem.rows(), errors, TOLERANCE[setting.dtype], setting.device)

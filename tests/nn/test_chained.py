@@ -308,7 +308,7 @@ def test_forced_depth(execution):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_same_inputs_same_bits(mode, backend):
-    gates, pieces, chained = build("nchw", RULES["dynamic"], gate_grad=mode)
+    gates, pieces, chained = build("nchw", RULES["dynamic"], gate_grad=mode, execution="routed")
     inputs = wishing("nchw", WISHES["twice"])
     modules = modules_of(gates, *pieces)
     first = backward(chained, modules, inputs)

@@ -251,7 +251,7 @@ def test_an_unselected_nan_does_not_spread():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_same_inputs_same_bits(mode, backend):
-    _, _, nested = build("nchw", PATTERNS["mixed"], gate_grad=mode)
+    _, _, nested = build("nchw", PATTERNS["mixed"], gate_grad=mode, execution="routed")
     inputs = batch("nchw", 9)
     first = backward(nested, [nested], inputs)
     for _ in range(3):

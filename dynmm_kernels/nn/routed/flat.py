@@ -10,17 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ...functional import autograd, checks, movement, sorting, tree
+from ...functional import autograd, checks, movement, selecting, sorting, tree
+from ..adaptive import FLAT, run_faster
 from ..branch import Branch
+from ..chooser import Chooser
 from ..gates import ask
 from ..memory import apart
 
+ALONE = "one branch takes the whole batch"
 
-def run_flat(gate: Branch, branches: list[Branch], inputs: tuple[Any, ...]) -> Any:
+
+def run_flat(
+    gate: Branch, branches: list[Branch], inputs: tuple[Any, ...], chooser: Chooser | None
+) -> Any:
     """The fused output, or None where the general way must be taken, before anything ran.
 
     For eval without a graph, inputs that are plain tensors which the gate and every branch read,
-    and branches that treat samples alone.
+    and branches that treat samples alone. `chooser`: picks routed or masked; None: routed.
     """
     num_rows = _num_rows(inputs)
     if not num_rows or gate.inputs is not None or gate.in_place or autograd.follows_forward():
@@ -43,12 +49,38 @@ def run_flat(gate: Branch, branches: list[Branch], inputs: tuple[Any, ...]) -> A
             counts.append(stop - start)
             start = stop
     if len(chosen) == 1:
+        if chooser is not None:
+            chooser.last = ALONE
         output = chosen[0].call_reading(inputs, inputs, range(len(inputs)))
         held = [*inputs, *chosen[0].buffers_held()]
         if checks.single_tensors_fit((output,), counts, device):
             return apart(output, held)
         columns, spec = checks.check_outputs([output], counts, [chosen[0].label], device)
         return tree.unflatten([apart(column[0], held) for column in columns], spec)
+
+    def routed() -> Any:
+        return _run_rows(chosen, inputs, (order, inverse), starts, stops, counts)
+
+    if chooser is None:
+        return routed()
+    if chooser.barred is not None:
+        chooser.last = chooser.barred
+        return routed()
+    every = [header[b + 1] - header[b] for b in range(len(branches))]
+    ways = routed, lambda: _run_whole(branches, inputs, inverse, header)
+    return run_faster(chooser, FLAT, num_rows, every, device, ways)
+
+
+def _run_rows(
+    chosen: list[Branch],
+    inputs: tuple[Any, ...],
+    plan: tuple[Tensor, Tensor],
+    starts: list[int],
+    stops: list[int],
+    counts: list[int],
+) -> Any:
+    """Each branch on its own samples."""
+    order, inverse = plan
     rows = movement.gather_flat(order, inputs, starts, stops)
     rows.reverse()
     every = range(len(inputs))
@@ -59,9 +91,28 @@ def run_flat(gate: Branch, branches: list[Branch], inputs: tuple[Any, ...]) -> A
         except RuntimeError:
             pass  # what does not fit is named below
     labels = [branch.label for branch in chosen]
-    columns, spec = checks.check_outputs(outputs, counts, labels, device)
+    columns, spec = checks.check_outputs(outputs, counts, labels, order.device)
     combined = [
         movement.combine_flat(inverse, movement.same_dtype(column), starts)
+        if isinstance(column[0], Tensor)
+        else column[0]
+        for column in columns
+    ]
+    return tree.unflatten(combined, spec)
+
+
+def _run_whole(
+    branches: list[Branch], inputs: tuple[Any, ...], inverse: Tensor, starts: list[int]
+) -> Any:
+    """Every branch on every sample; of each sample the output of its own."""
+    outputs = [branch.call_reading(inputs, inputs) for branch in branches]
+    device, counts = inverse.device, [inverse.shape[0]] * len(branches)
+    if checks.single_tensors_fit(outputs, counts, device):
+        return selecting.select_sorted(outputs, inverse, starts)
+    labels = [branch.label for branch in branches]
+    columns, spec = checks.check_outputs(outputs, counts, labels, device)
+    combined = [
+        selecting.select_sorted(movement.same_dtype(column), inverse, starts)
         if isinstance(column[0], Tensor)
         else column[0]
         for column in columns

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import checks, sorting
+from ..adaptive import Adaptive
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
 from ..capture import Capture
@@ -18,11 +19,10 @@ from ..gates import ask
 from ..replays import Replay
 from ..routing import Routing
 from ..rules import MULTI_HOT, TOP_ONE, rule_of
-from ..settings import Settings
 from . import ways
 
 
-class RoutedFusion(Settings):
+class RoutedFusion(Adaptive):
     """Runs, for every sample, the branch its gate chooses, and only that (DynMM, eq. 1-3).
 
     Args:
@@ -31,7 +31,8 @@ class RoutedFusion(Settings):
             structure: a tensor [n, ...] or a pytree of such.
         execution: "routed": each branch on its own samples only. "masked": every branch on every
             sample, times 0 or 1. "dense": every branch on every sample, times its probability.
-            "auto": routed.
+            "auto": routed or masked, whichever was measured to be faster here for such batches;
+            masked, it selects in place of multiplying. Without evidence routed. See `explain`.
         gate_grad: the gradient of the gate where its graph is recorded. "straight_through": exactly
             that of masked execution; the samples a branch was not chosen for run through it without
             a graph. "selected": from the chosen branch alone; cheapest, biased. "none": none.
@@ -212,6 +213,9 @@ class RoutedFusion(Settings):
         if self.captured is not None:
             self.captured.release()
         self.captured = None
+
+    def _part_names(self) -> list[str]:
+        return [branch.label for branch in part(self, "branches").all()]
 
     def costs(self) -> tuple[float, ...] | None:
         """Cost per sample of each branch; None where a branch has none."""

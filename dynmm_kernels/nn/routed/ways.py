@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from ...functional import tree
+from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
-from ..settings import Settings
 from .execution import Result, Routed, run_everywhere
-from .flat import run_flat
+from .flat import ALONE, run_flat
+from .selecting import run_selecting
 
 
 def run(
-    settings: Settings, branches: Sequence[Branch], batch: Arguments, decision: Decision
+    fusion: Adaptive, branches: Sequence[Branch], batch: Arguments, decision: Decision
 ) -> Result:
     """The output, and the rows that each branch processed."""
     plan = decision.plan
-    if plan is None or settings.execution == "masked":
+    if plan is None or fusion.execution == "masked":
         result = run_everywhere(branches, batch, decision)
         if plan is not None:
             plan.host_header  # noqa: B018 (what is at fault is raised)
@@ -28,7 +32,47 @@ def run(
             branch.arguments(batch)
     if not any(plan.counts):
         return run_everywhere(branches, batch, decision)
-    return Routed(branches, batch, decision, settings.batch_norm == "subset").run()
+
+    def routed() -> Result:
+        return Routed(branches, batch, decision, fusion.batch_norm == "subset").run()
+
+    if fusion.execution != "auto":
+        return routed()
+    reason = _settled(fusion, branches, batch, decision)
+    if reason is not None:
+        fusion.chooser.last = reason
+        return routed()
+
+    return run_faster(
+        fusion.chooser,
+        (decision.grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
+        plan.num_rows,
+        plan.counts,
+        plan.order.device,
+        (routed, lambda: run_selecting(branches, batch, decision)),
+        lambda result: (tree.flatten(result[0])[0], batch.tensors()),
+    )
+
+
+def _settled(
+    fusion: Adaptive, branches: Sequence[Branch], batch: Arguments, decision: Decision
+) -> str | None:
+    """Why the batch must be routed; None: it may also run masked."""
+    plan = decision.plan
+    assert plan is not None
+    if fusion.chooser.barred is not None:
+        return fusion.chooser.barred
+    if len(branches) == 1 or (plan.num_rows in plan.counts and not torch.is_grad_enabled()):
+        return ALONE
+    if any(branch.replay is not None for branch in branches):
+        return "its branches are replayed"
+    if not batch.plain:
+        for leaf in batch.leaves:
+            if isinstance(leaf, tree.Lazy):
+                return "masked execution would fetch all of a Lazy modality"
+    if fusion.batch_norm == "subset" and any(branch.couples_samples() for branch in branches):
+        return "BatchNorm on the samples of a branch is asked for"
+    return hindrance()
 
 
 def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
@@ -44,5 +88,9 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["gate_returns"] != "logits"
     ):
         return None
-    modules = state["_modules"]
-    return run_flat(modules["gate"], [*modules["branches"]._modules.values()], inputs)
+    modules, chooser = state["_modules"], state["chooser"]
+    branches = [*modules["branches"]._modules.values()]
+    captured = state.get("captured") is not None
+    if captured or state["execution"] == "routed" or torch.compiler.is_compiling():
+        chooser = None
+    return run_flat(modules["gate"], branches, inputs, chooser)

@@ -60,7 +60,8 @@ class ChainedFusion(StackFusion):
             returned, before the fusion, as in DynMM's SkipESANet.
         independent: keep_k = own_k: nobody is dropped for good, cells decide one by one (Stage I of
             that model). Then auxiliary stages run on every sample in any mode.
-        execution: "routed", "masked", "dense" (own_k is a probability) or "auto" (routed).
+        execution: "routed", "masked", "dense" (own_k is a probability) or "auto" (whichever of the
+            first two was measured to be faster here, for such N).
         gate_grad: "straight_through": exactly that of masked execution,
             d/d keep_k = <dm, fusion_k(r, a) - r>, through the product above to all gates up to k.
             So a dropped sample follows without a graph as long as later gates would have kept it.
@@ -176,16 +177,21 @@ class ChainedFusion(StackFusion):
             self._report(current, kept)
 
     def _run_gated(self, current: Pass) -> None:
+        self._run_faster(current, (), lambda: self._run_chain(current), self._gates_couple())
+
+    def _gates_couple(self) -> bool:
         gates = part(self, "gates")._modules.values()
-        coupled = self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
+        return self.batch_norm == "masked" and any(gate.couples_samples() for gate in gates)
+
+    def _run_chain(self, current: Pass) -> None:
         size, last = len(current.cells), self._last_whole(False)
-        if self.execution == "dense" or coupled or self._runs_everywhere(current):
+        if self.execution == "dense" or self._gates_couple() or self._runs_everywhere(current):
             last = size
         kept = self._nothing_dropped(current)
         if last:
             prefix, keep = self._run_whole(current, kept, last)
         else:
-            prefix, keep = Prefix(current.inputs, current.reads_aux), None
+            prefix, keep = Prefix(current.inputs, any(cell.reads for cell in current.cells)), None
         if last < size:
             self._run_routed(current, kept, prefix, keep, last)
         if current.reports:

@@ -37,7 +37,8 @@ class NestedFusion(StackFusion):
             a that still fuse; it fuses the first n of r and returns the others as they are.
         execution: "routed": as above. "masked": every stage on every sample, and
             m = skip_k * r + active_k * fusion_k(r, a) with weights 0 and 1. "dense": the same with
-            probabilities, active_k = sum of p_d over d >= k, skip_k = 1 - active_k. "auto": routed.
+            probabilities, active_k = sum of p_d over d >= k, skip_k = 1 - active_k. "auto":
+            routed or masked, as in `RoutedFusion`.
         gate_grad: the gradient of the gate where its graph is recorded; dm is the gradient of m
             after stage k. "straight_through": exactly that of masked execution,
             d/d active_k = <dm, fusion_k(r, a)> and d/d skip_k = <dm, r>; where a sample has

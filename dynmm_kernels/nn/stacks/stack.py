@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...functional import sorting
+from ...functional import movement, selecting, sorting
+from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
 from ..routing import DepthRouting
-from ..rules import DEPTH_RULES, TOP_ONE, Rule
-from ..settings import Settings
+from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
 from .prefix import Prefix
 from .stage import Cell, make_stages
 
@@ -35,16 +35,12 @@ class Pass:
     decision: Decision = Decision(TOP_ONE)  # noqa: RUF009 (cannot be changed)
     keep: Tensor | None = None
     gate_cost: float = 0.0
+    masked: bool = False  # by the choice of auto: what was not chosen is left out, not multiplied
 
     @property
     def num_rows(self) -> int:
         """N."""
         return self.inputs[0].shape[0]
-
-    @property
-    def reads_aux(self) -> bool:
-        """Whether any cell needs the auxiliary stream."""
-        return any(cell.reads for cell in self.cells)
 
     def routing(self) -> DepthRouting:
         """The decision and what it cost."""
@@ -64,7 +60,7 @@ class Pass:
         )
 
 
-class StackFusion(Settings):
+class StackFusion(Adaptive):
     """What `NestedFusion` and `ChainedFusion` share: their stages, and how those run."""
 
     def __init__(
@@ -165,10 +161,45 @@ class StackFusion(Settings):
 
     def _run_to_depth(self, current: Pass) -> None:
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
+        plan = current.decision.plan
+        counts = plan.counts if plan is not None and self.execution == "auto" else ()
+        self._run_faster(current, counts, lambda: self._run_decided(current))
+
+    def _run_faster(
+        self, current: Pass, counts: Sequence[int], run: Callable[[], None], whole: bool = False
+    ) -> None:
+        """`run()` as "auto" finds it faster, with `current.masked` or without."""
+        reason = self.chooser.barred or hindrance()
+        if whole or self._runs_everywhere(current):
+            reason = "every stage needs the whole batch"
+        elif any(cell.couples_samples() for cell in current.cells):
+            reason = "BatchNorm on the samples that fuse is asked for"
+        if reason is not None or self.execution != "auto":
+            self.chooser.last = reason if self.execution == "auto" else None
+            run()
+            return
+        gate_cost, decision = current.gate_cost, current.decision
+        grad = decision.grad or (self.gate_grad if decision.choice is None else None)
+
+        def start(masked: bool) -> None:
+            current.masked, current.gate_cost = masked, gate_cost
+            run()
+
+        run_faster(
+            self.chooser,
+            (grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
+            current.num_rows,
+            counts,
+            current.inputs[0].device,
+            (lambda: start(False), lambda: start(True)),
+            lambda _: (current.outputs.values(), current.inputs),
+        )
+
+    def _run_decided(self, current: Pass) -> None:
         decision, plan, last = current.decision, current.decision.plan, self._last_whole(True)
         learns, exact = decision.grad is not None, decision.exact
         everywhere = self._runs_everywhere(current)
-        prefix = Prefix(current.inputs, current.reads_aux)
+        prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
         if everywhere or last:
             # Of a sum of weights all keep their gradient, and of a pair the one that is not zero.
             weights = decision.weights() if learns else decision.selected.float()
@@ -224,16 +255,32 @@ class StackFusion(Settings):
             seen, unfused = sharing(seen, [main, aux]), main
             if cell.fuses:
                 seen += [main, aux] if torch.is_grad_enabled() else []
-                main = blend((main, cell.fuse(main, aux)), weights, soft)
+                main = self._weigh(current, (main, cell.fuse(main, aux)), weights, soft)
             rows_run.append(current.num_rows if cell.reads else 0)
             if k in current.wanted:
                 lent.append(main)
                 current.outputs[k] = apart(main, current.inputs)
         current.rows_run = rows_run
-        prefix = Prefix(current.inputs, current.reads_aux)
+        prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
         prefix.main, prefix.aux, prefix.unfused = main, aux, unfused
         prefix.lent, prefix.seen, prefix.rows_run = lent, seen, rows_run
         return prefix
+
+    def _weigh(
+        self, current: Pass, column: tuple[Tensor, Tensor], weights: Tensor, soft: bool
+    ) -> Tensor:
+        """What a cell makes of its main stage and its fusion."""
+        if soft or not current.masked:
+            return blend(column, weights, soft)
+        main, fused = movement.same_dtype(column)
+        chosen = as_column(weights.detach()[:, 1] != 0, main)
+
+        def select(out: Tensor | None = None) -> Tensor:
+            return torch.where(chosen, fused, main, out=out)
+
+        if weights.requires_grad and torch.is_grad_enabled():
+            return selecting.select_learning((main, fused), weights, select)
+        return select()
 
     def _pair(self, weights: Tensor, k: int) -> Tensor:
         """[N, 2], of skipping and fusing in cell k, out of the weights [N, 1 + L] of all depths."""
@@ -251,7 +298,7 @@ class StackFusion(Settings):
         return False
 
     def _runs_everywhere(self, current: Pass) -> bool:
-        if self.execution == "masked" or not current.num_rows:
+        if self.execution == "masked" or current.masked or not current.num_rows:
             return True
         return self.batch_norm == "masked" and any(cell.couples_samples() for cell in current.cells)
 
@@ -263,6 +310,9 @@ class StackFusion(Settings):
         logits = ask(gate, gate.select(read), read, rows, num_columns, main.device)
         rule: Rule = DEPTH_RULES[self.gate_returns]
         return rule.draw(logits, current.generator) if self.draws else (rule, logits)
+
+    def _part_names(self) -> list[str]:
+        return [f"depth {depth}" for depth in reversed(range(1 + len(self.main_stages)))]
 
     def _cells(self) -> list[Cell]:
         groups = ("main_stages", "aux_stages", "fusions")
