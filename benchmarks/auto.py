@@ -30,6 +30,7 @@ def calls(problem: Problem) -> Runs:
     forwards: Runs = {"plain": lambda: baselines.masked(problem.gate, problem.experts, x)}
     for execution in ("masked", "routed"):
         fusion = routed_fusion(problem.gate, problem.experts, execution=execution)
+        fusion.training = training  # of the parts it was set
         forwards[execution] = lambda fusion=fusion: fusion(x)
     forwards["auto"] = lambda: problem.auto(x)
     if not training:

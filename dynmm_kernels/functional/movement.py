@@ -220,9 +220,10 @@ def widest_dtype(outputs: Sequence[Tensor]) -> torch.dtype:
 def same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """All in `widest_dtype`."""
     dtype = widest_dtype(outputs)
-    if all(output.dtype is dtype for output in outputs):
-        return outputs
-    return [output.to(dtype) for output in outputs]
+    for output in outputs:
+        if output.dtype is not dtype:
+            return [output.to(dtype) for output in outputs]
+    return outputs
 
 
 def gather_slots(

@@ -40,8 +40,8 @@ def run_faster(
     chooser: Chooser,
     recorded: str,
     rows: int,
-    counts: Sequence[int],
-    device: torch.device,
+    counts: tuple[int, ...],
+    like: Tensor,
     ways: tuple[Callable[[], Any], Callable[[], Any]],
     follow: Callable[[Any], tuple[Iterable[Any], Sequence[Tensor]]] | None = None,
 ) -> Any:
@@ -50,16 +50,20 @@ def run_faster(
     Args:
         recorded: FORWARD, or how the gate learns.
         rows, counts: N, and the samples of each branch.
+        like: a tensor on the device where it runs.
         ways: routed, masked.
         follow: gives outputs and inputs of a result, where a graph is recorded.
     """
-    clock = clock_of(device)
-    if clock is None:
-        chooser.last = f"times are not taken on {device.type}"
-        return ways[0]()
-    way, trial = chooser.choose((device.type, recorded), rows, counts, clock)
-    if trial is not None:
-        trial.start()
+    kind, trial = ("cpu" if like.is_cpu else like.device.type, recorded), None
+    way = chooser.recall(kind, rows, counts)
+    if way is None:
+        clock = clock_of(like.device)
+        if clock is None:
+            chooser.last = f"times are not taken on {kind[0]}"
+            return ways[0]()
+        way, trial = chooser.choose(kind, rows, counts, clock)
+        if trial is not None:
+            trial.start()
     if way == ROUTED:
         result = ways[0]()
     else:

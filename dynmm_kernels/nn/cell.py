@@ -19,7 +19,7 @@ _MARGIN = 0.02  # the other way must be better by so much
 _DRIFT = 1.5  # the load is another one: the slower way's measurements are forgotten
 _SAVED = 0.02  # of each call's time goes into tries
 _PATIENCE = 8  # a way that lost often is tried at so many times its price
-_SHORT, _LONG = 16, 4  # of so many calls one is measured in the end, if below or above 1 ms
+_SHORT, _LONG = 64, 4  # of so many calls one is measured in the end, if below or above 1 ms
 _SETTLED = 4  # measurements until half as many calls are measured
 
 
@@ -88,10 +88,16 @@ class Cell:
         self._tries = 0  # whose time is not known yet
         self._reference: float | None = None  # of the way, when the other was last measured
 
+    def rests(self) -> bool:
+        """Whether the next batch runs the same way and is not measured; then it is counted."""
+        if self._quiet < 2:
+            return False
+        self._quiet -= 1
+        return True
+
     def next(self) -> tuple[str, bool]:
         """How to run the batch that is there, and whether to measure it."""
-        self._quiet -= 1
-        if self._quiet > 0:
+        if self.rests():
             return self.way, False
         tried = self._trying
         if tried:  # its first call was there to warm up
@@ -122,6 +128,8 @@ class Cell:
                 rival.doubt()
                 self._quiet = 1
             self._patience = 1 if won else min(2 * self._patience, _PATIENCE)
+        if times.typical is not None and not _near(seconds, times.typical):
+            self._quiet = 1  # by chance, or is the load another one?
         times.add(seconds, rows, counts)
 
     def _in_doubt(self) -> str | None:
@@ -142,7 +150,7 @@ class Cell:
         if own.typical is None or other.typical is None:
             return self._ask_again()
         self._reference = self._reference or own.typical
-        if not 1 / _DRIFT < own.typical / self._reference < _DRIFT:
+        if not _near(own.typical, self._reference):
             self._reference, self._patience = own.typical, 1
             other.forget()  # of another load
             return _OTHER[self.way]
@@ -169,3 +177,8 @@ class Cell:
             for times in self.times.values():
                 times.asked = len(times.recent)
         return ROUTED
+
+
+def _near(seconds: float, others: float) -> bool:
+    """Whether both can be of one load."""
+    return others < _DRIFT * seconds and seconds < _DRIFT * others

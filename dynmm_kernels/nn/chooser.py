@@ -16,6 +16,7 @@ from .cell import MASKED, ROUTED, Cell, Times
 from .predicting import Costs
 
 _CELLS = 512  # kept
+_CALLS = 4096  # told apart by every row and count, for speed
 
 Kind = tuple[str, str]  # the device, and what is recorded on it
 
@@ -36,11 +37,17 @@ class Trial:
     __slots__ = ("_begun", "_cell", "_chooser", "_clock", "_counts", "_rows", "_spans", "way")
 
     def __init__(
-        self, chooser: Chooser, cell: Cell, way: str, clock: Clock, rows: int, counts: Sequence[int]
+        self,
+        chooser: Chooser,
+        cell: Cell,
+        way: str,
+        clock: Clock,
+        rows: int,
+        counts: tuple[int, ...],
     ) -> None:
         self.way = way
         self._chooser, self._cell, self._clock = chooser, cell, clock
-        self._rows, self._counts = rows, tuple(counts)
+        self._rows, self._counts = rows, counts
         self._spans: list[tuple[Any, Any]] = []
         self._begun: Any = None
 
@@ -93,9 +100,19 @@ class Chooser:
         self._masked: dict[tuple[Kind, int], Times] = {}
         self._cells: dict[tuple[Kind, int, tuple[int, ...]], Cell] = {}
         self._costs: dict[tuple[Kind, str], Costs] = {}
+        self._calls: dict[tuple[Kind, int, tuple[int, ...]], Cell] = {}
+
+    def recall(self, kind: Kind, rows: int, counts: tuple[int, ...]) -> str | None:
+        """How to run such a batch as was seen before, unmeasured; None: `choose` must say."""
+        asked = kind, rows, counts
+        cell = self._calls.get(asked)
+        if cell is None or self.forced is not None or not cell.rests():
+            return None
+        self.last = asked
+        return cell.way
 
     def choose(
-        self, kind: Kind, rows: int, counts: Sequence[int], clock: Clock
+        self, kind: Kind, rows: int, counts: tuple[int, ...], clock: Clock
     ) -> tuple[str, Trial | None]:
         """How to run a batch, and what measures it; None where nothing does.
 
@@ -108,7 +125,10 @@ class Chooser:
             self.waiting = [trial for trial in self.waiting if not trial.settle()]
         key = _key(kind, rows, counts)
         cell = self._cells.get(key) or self._open(key, rows, counts)
-        self.last = kind, rows, tuple(counts)
+        self.last = kind, rows, counts
+        if len(self._calls) >= _CALLS:
+            self._calls.clear()
+        self._calls[self.last] = cell
         way, measured = cell.next() if self.forced is None else cell.force(*self.forced)
         return way, Trial(self, cell, way, clock, rows, counts) if measured else None
 
@@ -116,6 +136,7 @@ class Chooser:
         kind, size, _ = key
         if len(self._cells) >= _CELLS:
             self._cells = dict([*self._cells.items()][_CELLS // 2 :])
+            self._calls.clear()
         cell = Cell(Times(), self._masked.setdefault((kind, size), Times()))
         predicted = {way: self._predict(kind, way, rows, counts) for way in cell.times}
         if all(predicted[way] or cell.times[way].recent for way in cell.times):

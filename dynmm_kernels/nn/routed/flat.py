@@ -28,13 +28,13 @@ def run_flat(
     For eval without a graph, inputs that are plain tensors which the gate and every branch read,
     and branches that treat samples alone. `chooser`: picks routed or masked; None: routed.
     """
-    num_rows = _num_rows(inputs)
-    if not num_rows or gate.inputs is not None or gate.in_place or autograd.follows_forward():
-        return None
     for branch in branches:
         own = branch.__dict__  # past Module.__getattr__, which is slow
         if own["inputs"] is not None or own["norms"] or own["in_place"]:
             return None
+    num_rows = _num_rows(inputs)
+    if not num_rows or gate.inputs is not None or gate.in_place or autograd.follows_forward():
+        return None
 
     device = inputs[0].device
     logits = ask(gate, inputs, inputs, num_rows, len(branches), device)
@@ -66,9 +66,9 @@ def run_flat(
     if chooser.barred is not None:
         chooser.last = chooser.barred
         return routed()
-    every = [header[b + 1] - header[b] for b in range(len(branches))]
+    every = tuple([header[b + 1] - header[b] for b in range(len(branches))])
     ways = routed, lambda: _run_whole(branches, inputs, inverse, header)
-    return run_faster(chooser, FLAT, num_rows, every, device, ways)
+    return run_faster(chooser, FLAT, num_rows, every, order, ways)
 
 
 def _run_rows(

@@ -30,7 +30,8 @@ def run(
     if not plan.is_read:  # meanwhile, what needs no counts
         for branch in branches:
             branch.arguments(batch)
-    if not any(plan.counts):
+    counts = plan.counts
+    if not any(counts):
         return run_everywhere(branches, batch, decision)
 
     def routed() -> Result:
@@ -47,8 +48,8 @@ def run(
         fusion.chooser,
         (decision.grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
         plan.num_rows,
-        plan.counts,
-        plan.order.device,
+        counts,
+        plan.order,
         (routed, lambda: run_selecting(branches, batch, decision)),
         lambda result: (tree.flatten(result[0])[0], batch.tensors()),
     )
@@ -62,16 +63,18 @@ def _settled(
     assert plan is not None
     if fusion.chooser.barred is not None:
         return fusion.chooser.barred
-    if len(branches) == 1 or (plan.num_rows in plan.counts and not torch.is_grad_enabled()):
+    if len(branches) == 1 or (not torch.is_grad_enabled() and plan.num_rows in plan.counts):
         return ALONE
-    if any(branch.replay is not None for branch in branches):
-        return "its branches are replayed"
+    subset = fusion.batch_norm == "subset"
+    for branch in branches:
+        if branch.replay is not None:
+            return "its branches are replayed"
+        if subset and branch.couples_samples():
+            return "BatchNorm on the samples of a branch is asked for"
     if not batch.plain:
         for leaf in batch.leaves:
             if isinstance(leaf, tree.Lazy):
                 return "masked execution would fetch all of a Lazy modality"
-    if fusion.batch_norm == "subset" and any(branch.couples_samples() for branch in branches):
-        return "BatchNorm on the samples of a branch is asked for"
     return hindrance()
 
 

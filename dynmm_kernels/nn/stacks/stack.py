@@ -166,7 +166,7 @@ class StackFusion(Adaptive):
         self._run_faster(current, counts, lambda: self._run_decided(current))
 
     def _run_faster(
-        self, current: Pass, counts: Sequence[int], run: Callable[[], None], whole: bool = False
+        self, current: Pass, counts: tuple[int, ...], run: Callable[[], None], whole: bool = False
     ) -> None:
         """`run()` as "auto" finds it faster, with `current.masked` or without."""
         reason = self.chooser.barred or hindrance()
@@ -190,7 +190,7 @@ class StackFusion(Adaptive):
             (grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
             current.num_rows,
             counts,
-            current.inputs[0].device,
+            current.inputs[0],
             (lambda: start(False), lambda: start(True)),
             lambda _: (current.outputs.values(), current.inputs),
         )
