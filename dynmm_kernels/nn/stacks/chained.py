@@ -275,7 +275,7 @@ class ChainedFusion(StackFusion):
             if current.reports:
                 kept.weights.append(None if keep is None else prefix.restore(keep))
                 came = slice(prefix.active)
-                kept.depth[came if prefix.plan is None else prefix.plan.order[came].long()] = k
+                kept.depth[came if prefix.order is None else prefix.order[came].long()] = k
         current.rows_run = prefix.rows_run
 
     def _drop(
@@ -307,12 +307,11 @@ class ChainedFusion(StackFusion):
                 own = torch.cat([self._kept(rule, choice[:active], logits), own[active:]])
             keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
         follow = learns and self.gate_grad == "straight_through"
-        level = torch.where(choice > 0, FUSES, FOLLOWS if follow else THROUGH)
+        level = torch.where(choice < 0, -1, choice + FOLLOWS) if follow else choice * FUSES
         if active < seen:  # those that follow already never fuse again
             level = torch.cat([level[:active], choice[active:]])
-        plan = sorting.route_descending(torch.where(choice < 0, -1, level), 3)
-        samples = None if prefix.plan is None else prefix.plan.order
-        checks.check_faults(decided, plan, gate.label, samples, rule.wanted)
+        plan = sorting.route_descending(level, 3)
+        checks.check_faults(decided, plan, gate.label, prefix.order, rule.wanted)
         return prefix.sort(plan, keep)
 
     def _own(self, gate: Branch, rule: Rule, logits: Tensor) -> Tensor:
