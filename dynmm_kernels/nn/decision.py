@@ -149,7 +149,10 @@ def forced(
     if isinstance(choice, str) and choice == "random":
         if num_rows is None:
             raise ValueError(f"{name}: the inputs hold no tensor, so give a LongTensor [N]")
-        return _draw(num_choices, num_rows, device or torch.device("cpu"), generator)
+        place = device or torch.device("cpu")
+        chosen = drawn(num_choices, (num_rows,), place, generator)
+        known = chosen.bincount(minlength=num_choices).tolist() if chosen.is_cpu else None
+        return upload(chosen, place), known
     if not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
         got = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
         raise TypeError(
@@ -163,22 +166,24 @@ def forced(
     return choice.long(), None
 
 
-def _draw(
-    num_choices: int, num_rows: int, device: torch.device, generator: torch.Generator | None
-) -> tuple[Tensor, list[int] | None]:
-    """Drawn on the host and copied to the device, so that nobody waits for the counts.
+def drawn(
+    num_choices: int, shape: Sequence[int], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """int64, each choice equally likely; on the host, so that nobody waits for the counts.
 
     On the device only with a generator there, or where a capture would replay the host's draw.
     """
     there = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if there or (generator is not None and generator.device.type == device.type != "cpu"):
-        drawn = torch.randint(num_choices, (num_rows,), generator=generator, device=device)
-        return drawn, None
-    drawn = torch.randint(num_choices, (num_rows,), generator=generator, device="cpu")
-    counts = drawn.bincount(minlength=num_choices).tolist()
-    if device.type == "cuda":
-        return drawn.pin_memory().to(device, non_blocking=True), counts
-    return drawn.to(device), counts
+    there = there or (generator is not None and generator.device.type == device.type)
+    place = device if there else torch.device("cpu")
+    return torch.randint(num_choices, shape, generator=generator, device=place)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """It on the device, without a wait."""
+    if tensor.is_cpu and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def forced_mask(

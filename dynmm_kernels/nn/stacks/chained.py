@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...functional import autograd, checks, sorting
 from ..branch import Branch, forward_only, part
-from ..decision import Decision
+from ..decision import Decision, drawn, upload
 from ..gates import Gates
 from ..rules import TOP_ONE, Rule, one_hot, straight_through
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
@@ -165,7 +165,7 @@ class ChainedFusion(StackFusion):
             return
         kept, device = self._nothing_dropped(current), current.inputs[0].device
         shape = (current.num_rows, len(current.cells))
-        tossed = torch.randint(2, shape, generator=current.generator, device=device)
+        tossed = upload(drawn(2, shape, device, current.generator), device)
         weights = [
             toss.to(kept.keep.dtype) if rule == "dynamic" else kept.keep
             for toss, rule in zip(tossed.unbind(1), self.rules, strict=True)
