@@ -95,16 +95,7 @@ def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
     Every sample must have a branch.
     """
     order, inverse, header = ops.serving().route(selection, len(counts))
-    starts = [0, *itertools.accumulate(counts)]
-    return RoutingPlan(order, inverse, header, len(counts), [*starts, 0, -1])
-
-
-def route_from_host(selection: Tensor, num_branches: int, device: torch.device) -> RoutingPlan:
-    """The plan, on `device`, of int64 [N] on the host, all of it in 0..B-1: nobody waits."""
-    counts = torch.bincount(selection, minlength=num_branches).tolist()
-    if device.type == "cuda":
-        selection = selection.pin_memory()
-    return route_counted(selection.to(device, non_blocking=True), counts)
+    return RoutingPlan(order, inverse, header, len(counts), _header(counts))
 
 
 def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
@@ -125,18 +116,27 @@ def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     return RoutingPlan(order, inverse, header, plan.num_branches, [*starts, 0, -1])
 
 
-def route_descending(level: Tensor, num_levels: int) -> RoutingPlan:
+def route_descending(
+    level: Tensor, num_levels: int, counts: Sequence[int] | None = None
+) -> RoutingPlan:
     """Sorts samples by `level`, the highest first, stable in n: nested sets become prefixes.
 
     Args:
         level: int64 [N] in 0..num_levels-1. -1 (what `route_argmax` answers to an undefined row)
             counts as a fault; of other values ask `check_levels`.
+        counts: samples of each level, where the host knows them: then nothing waits.
 
     Returns:
         A plan whose branch i is the level num_levels - 1 - i.
     """
     order, inverse, header = ops.kernels().route(num_levels - 1 - level, num_levels)
-    return RoutingPlan(order, inverse, header, num_levels)
+    known = None if counts is None else _header(counts[::-1])
+    return RoutingPlan(order, inverse, header, num_levels, known)
+
+
+def _header(counts: Sequence[int]) -> list[int]:
+    """That of a plan without faults."""
+    return [0, *itertools.accumulate(counts), 0, -1]
 
 
 def at_least(plan: RoutingPlan, level: int) -> int:

@@ -123,13 +123,16 @@ def forced(
     num_rows: int | None,
     device: torch.device | None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> tuple[Tensor, list[int] | None]:
     """A forced decision, called `name` in messages, as int64 [N]; values of a tensor unchecked.
 
     Args:
         choice: an int in 0..num_choices-1, the same for all samples; an integer tensor [N]; or
             "random": all choices equally likely, drawn with `generator`.
         num_rows: N; None where the inputs do not tell.
+
+    Returns:
+        It, and how many samples have each choice; None where the host does not know.
 
     Raises:
         ValueError: out of range, another shape or another device. TypeError: anything else.
@@ -141,11 +144,15 @@ def forced(
             )
         if num_rows is None:
             raise ValueError(f"{name}: the inputs hold no tensor, so give a LongTensor [N]")
-        return torch.full((num_rows,), choice, device=device)
+        counts = [num_rows if c == choice else 0 for c in range(num_choices)]
+        return torch.full((num_rows,), choice, device=device), counts
     if isinstance(choice, str) and choice == "random":
         if num_rows is None:
             raise ValueError(f"{name}: the inputs hold no tensor, so give a LongTensor [N]")
-        return torch.randint(num_choices, (num_rows,), generator=generator, device=device)
+        place = device or torch.device("cpu")
+        chosen = drawn(num_choices, (num_rows,), place, generator)
+        known = chosen.bincount(minlength=num_choices).tolist() if chosen.is_cpu else None
+        return upload(chosen, place), known
     if not isinstance(choice, Tensor) or choice.dtype not in (torch.int64, torch.int32):
         got = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
         raise TypeError(
@@ -156,7 +163,27 @@ def forced(
     if choice.ndim != 1 or num_rows not in (None, choice.shape[0]):
         size = "N" if num_rows is None else num_rows
         raise ValueError(f"{name} must have shape [{size}]; got {list(choice.shape)}")
-    return choice.long()
+    return choice.long(), None
+
+
+def drawn(
+    num_choices: int, shape: Sequence[int], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """int64, each choice equally likely; on the host, so that nobody waits for the counts.
+
+    On the device only with a generator there, or where a capture would replay the host's draw.
+    """
+    there = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    there = there or (generator is not None and generator.device.type == device.type)
+    place = device if there else torch.device("cpu")
+    return torch.randint(num_choices, shape, generator=generator, device=place)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """It on the device, without a wait."""
+    if tensor.is_cpu and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def forced_mask(

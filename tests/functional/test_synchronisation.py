@@ -8,9 +8,10 @@ from weakref import ref
 
 import pytest
 import torch
-from models import FEATURES, toy
+from models import FEATURES, FixedGate, toy
+from torch import nn
 
-from dynmm_kernels import RoutedFusion, combine, gather, ops
+from dynmm_kernels import NestedFusion, RoutedFusion, combine, gather, ops
 from dynmm_kernels.functional import checks, plan
 from dynmm_kernels.functional.plan import RoutingPlan
 
@@ -76,3 +77,39 @@ def test_a_selection_is_let_go_once_it_was_checked(waits):
     assert alive() is not None
     assert made.counts == (1, 2)
     assert alive() is None
+
+
+def unprefetched(plan: RoutingPlan, check=None) -> RoutingPlan:
+    """As on a GPU, where nothing is read before it is needed."""
+    plan._check = check
+    return plan
+
+
+@pytest.mark.parametrize("execution", ["masked", "routed", "auto"])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "routed"])
+def test_what_is_read_late_is_checked(monkeypatch, nested, execution):
+    monkeypatch.setattr(RoutingPlan, "prefetch", unprefetched)
+    gate = FixedGate(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
+    parts = [[nn.Linear(FEATURES, FEATURES)] for _ in range(2)]
+    x = torch.randn(2, FEATURES)
+    if nested:
+        fusion, inputs = NestedFusion(gate, *parts, [Sum()], execution=execution), (x, x)
+    else:
+        fusion, inputs = RoutedFusion(gate, [*parts[0], *parts[1]], execution=execution), (x,)
+    with pytest.raises(ValueError, match=r"got \[nan, 0.0\] in row 1 \(1 such rows in all\)"):
+        fusion(*inputs)
+
+
+class Sum(nn.Module):
+    def forward(self, main: torch.Tensor, aux: torch.Tensor) -> torch.Tensor:
+        return main + aux
+
+
+@pytest.mark.parametrize("execution", ["masked", "routed"])
+def test_a_depth_that_is_read_late_is_checked(monkeypatch, execution):
+    monkeypatch.setattr(RoutingPlan, "prefetch", unprefetched)
+    parts = [[nn.Linear(FEATURES, FEATURES)] for _ in range(2)]
+    fusion = NestedFusion(nn.Identity(), *parts, [Sum()], execution=execution)
+    x = torch.randn(2, FEATURES)
+    with pytest.raises(ValueError, match=r"depth must be in 0..1; got 2 in row 1"):
+        fusion(x, x, depth=torch.tensor([1, 2]))

@@ -189,6 +189,26 @@ def test_one_synchronisation(training, monkeypatch):
         del out
 
 
+def test_random_choices_are_those_of_the_cpu():
+    """Drawn on the host, unless the generator is one of the GPU."""
+    x = torch.randn(64, 16).double()
+    fusion, choices = make_fusion(), []
+    for device in ("cpu", "cuda"):
+        fusion.to(device)
+        for generator in (torch.Generator().manual_seed(1), None):
+            torch.manual_seed(1)
+            options = {"choice": "random", "generator": generator, "return_routing": True}
+            routing = fusion(x.to(device), **options)[1]
+            assert routing.choice.device.type == device
+            choices.append(routing.choice.cpu())
+            assert routing.counts == tuple(choices[-1].bincount(minlength=3).tolist())
+    for other in choices[1:]:
+        assert torch.equal(other, choices[0])
+    there = torch.Generator("cuda").manual_seed(1)
+    routing = fusion(x.cuda(), choice="random", generator=there, return_routing=True)[1]
+    assert sum(routing.counts) == 64
+
+
 def test_same_bits_every_time():
     x = torch.randn(257, 16, device="cuda").double()
     fusion = make_fusion(execution="routed")

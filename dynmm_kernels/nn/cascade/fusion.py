@@ -294,8 +294,10 @@ def _obey(exit: Any, num_stages: int, batch: Arguments) -> Decision:
     ):
         got = exit.dtype if isinstance(exit, Tensor) else repr(exit)
         raise TypeError(f"exit must be an int or a LongTensor [N]; got {got}")
-    choice = forced(exit, "exit", num_stages, batch.num_rows, batch.device)
+    choice, counts = forced(exit, "exit", num_stages, batch.num_rows, batch.device)
     batch.num_rows = choice.shape[0]
+    if counts is not None:
+        return Decision(TOP_ONE, choice, sorting.route_counted(choice, counts))
     plan = sorting.route_unless(choice.unsqueeze(1), choice < 0, num_stages)
     sorting.check_levels(plan, choice, "exit")
     return Decision(TOP_ONE, choice, plan)

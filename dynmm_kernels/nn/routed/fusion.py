@@ -115,7 +115,8 @@ class RoutedFusion(Adaptive):
                 tensor [N, B]: every branch that is True, summed, such as the modalities there are.
                 "random": each equally likely (DynMM's Stage I). "uniform": the mean of all.
             return_routing: also return the `Routing`.
-            generator: for the gate noise, and for random choices.
+            generator: for the gate noise, and for random choices: these are drawn on the host, and
+                nothing waits for the device, unless it is a generator of the device.
 
         Raises:
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
@@ -232,11 +233,10 @@ def _obey(
         several = forced_mask(choice, "choice", num_branches, size, device)
         return Decision(MULTI_HOT, several, sorting.route(several, num_branches))
     if isinstance(choice, str) and choice == "uniform":
-        everyone = forced(0, "choice", num_branches, size, device)  # checks that N is known
+        everyone, _ = forced(0, "choice", num_branches, size, device)  # checks that N is known
         like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
         return uniform(len(everyone), num_branches, like)
-    chosen = forced(choice, "choice", num_branches, size, device, generator)
-    if isinstance(choice, int):
-        counts = [len(chosen) if b == choice else 0 for b in range(num_branches)]
+    chosen, counts = forced(choice, "choice", num_branches, size, device, generator)
+    if counts is not None:
         return Decision(TOP_ONE, chosen, sorting.route_counted(chosen, counts))
     return Decision(TOP_ONE, chosen, sorting.route(chosen, num_branches))

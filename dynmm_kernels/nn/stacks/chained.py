@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...functional import autograd, checks, sorting
 from ..branch import Branch, forward_only, part
-from ..decision import Decision
+from ..decision import Decision, drawn, upload
 from ..gates import Gates
 from ..rules import TOP_ONE, Rule, one_hot, straight_through
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
@@ -165,7 +165,7 @@ class ChainedFusion(StackFusion):
             return
         kept, device = self._nothing_dropped(current), current.inputs[0].device
         shape = (current.num_rows, len(current.cells))
-        tossed = torch.randint(2, shape, generator=current.generator, device=device)
+        tossed = upload(drawn(2, shape, device, current.generator), device)
         weights = [
             toss.to(kept.keep.dtype) if rule == "dynamic" else kept.keep
             for toss, rule in zip(tossed.unbind(1), self.rules, strict=True)
@@ -275,7 +275,7 @@ class ChainedFusion(StackFusion):
             if current.reports:
                 kept.weights.append(None if keep is None else prefix.restore(keep))
                 came = slice(prefix.active)
-                kept.depth[came if prefix.plan is None else prefix.plan.order[came].long()] = k
+                kept.depth[came if prefix.order is None else prefix.order[came].long()] = k
         current.rows_run = prefix.rows_run
 
     def _drop(
@@ -307,12 +307,11 @@ class ChainedFusion(StackFusion):
                 own = torch.cat([self._kept(rule, choice[:active], logits), own[active:]])
             keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
         follow = learns and self.gate_grad == "straight_through"
-        level = torch.where(choice > 0, FUSES, FOLLOWS if follow else THROUGH)
+        level = torch.where(choice < 0, -1, choice + FOLLOWS) if follow else choice * FUSES
         if active < seen:  # those that follow already never fuse again
             level = torch.cat([level[:active], choice[active:]])
-        plan = sorting.route_descending(torch.where(choice < 0, -1, level), 3)
-        samples = None if prefix.plan is None else prefix.plan.order
-        checks.check_faults(decided, plan, gate.label, samples, rule.wanted)
+        plan = sorting.route_descending(level, 3)
+        checks.check_faults(decided, plan, gate.label, prefix.order, rule.wanted)
         return prefix.sort(plan, keep)
 
     def _own(self, gate: Branch, rule: Rule, logits: Tensor) -> Tensor:

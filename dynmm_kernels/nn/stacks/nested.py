@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
 
@@ -96,7 +97,7 @@ class NestedFusion(StackFusion):
             return
         depth = rule.choose(logits)
         plan = sorting.route_descending(depth, num_depths)
-        checks.check_faults(logits, plan, wanted=rule.wanted)
+        plan.prefetch(partial(checks.check_faults, logits, wanted=rule.wanted))
         reads = learns or current.reports
         probs = rule.probs(logits, self.temperature) if reads else None
         grad = self.gate_grad if learns else None

@@ -33,7 +33,8 @@ class Prefix:
         aux: [n, ...], the samples that still fuse; None where n is 0.
         rest: [r, ...], samples n..n+r: the exact gradient of the gate asks what fusing them would
             have given. Without a graph. None where r is 0.
-        plan: which sample is in which slot; None: as in the batch.
+        order: int32 [N], the sample in each slot; None: as in the batch.
+        plan: of that order, once somebody needed it.
         unfused: [N, ...], what the last main stage returned, where a gate is to read it.
     """
 
@@ -45,6 +46,7 @@ class Prefix:
         self.main = inputs[0]
         self.aux: Tensor | None = inputs[1]
         self.rest: Tensor | None = None
+        self.order: Tensor | None = None
         self.plan: RoutingPlan | None = None
         self.unfused: Tensor | None = None
         self.keeps_unfused = False
@@ -77,7 +79,7 @@ class Prefix:
         if max(plan.counts) == size:
             self.narrow(count, follow)
             return probs
-        self.plan = plan
+        self.plan, self.order = plan, plan.order
         sources, starts, stops = [main, aux], [0, 0], [size, count]
         if follow and count < size:
             sources, starts, stops = [*sources, aux.detach()], [*starts, count], [*stops, size]
@@ -134,11 +136,10 @@ class Prefix:
         return keep
 
     def _order(self, plan: RoutingPlan) -> None:
-        order = plan.order
-        if self.plan is not None:
-            before = self.plan.order
+        order, before = plan.order, self.order
+        if before is not None:
             order = _replace(before, before.index_select(0, order))
-        self.plan = sorting.permutation(order)
+        self.plan, self.order = None, order
 
     def _go_on(self, aux: Tensor, count: int) -> None:
         if count == 0 and self.reads_aux and aux.requires_grad and torch.is_grad_enabled():
@@ -231,7 +232,7 @@ class Prefix:
         """The main stream in sample order, in memory of its own."""
         output = self.main
         held = [*self.inputs, *self.seen]
-        output = apart(output, held) if self.plan is None else self.restore(output)
+        output = apart(output, held) if self.order is None else self.restore(output)
         self.lent.append(self.main)  # also where it was copied: who writes there always fails
         if not self.starved:
             return output
@@ -240,7 +241,11 @@ class Prefix:
 
     def restore(self, slots: Tensor) -> Tensor:
         """A tensor by slots [N, ...] in sample order."""
-        return slots if self.plan is None else movement.combine_rows(self.plan, [slots], [0])
+        if self.order is None:
+            return slots
+        if self.plan is None:
+            self.plan = sorting.permutation(self.order)
+        return movement.combine_rows(self.plan, [slots], [0])
 
 
 def _split(rows: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:

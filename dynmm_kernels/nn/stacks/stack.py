@@ -108,7 +108,7 @@ class StackFusion(Adaptive):
             stages: numbers in 1..L. Their outputs after fusion are wanted as well; only these are
                 put back in sample order.
             return_routing: also return the `DepthRouting`.
-            generator: for the gate noise, and for random depths.
+            generator: for the gate noise, and for random depths (without it the host draws them).
 
         Returns:
             The output [N, ...]; with `stages`, a pair of it and the list of their outputs. With
@@ -148,9 +148,9 @@ class StackFusion(Adaptive):
         """Runs a forced decision."""
         num_depths, device = len(current.cells) + 1, current.inputs[0].device
         size, generator = current.num_rows, current.generator
-        chosen = forced(depth, "depth", num_depths, size, device, generator)
-        plan = sorting.route_descending(chosen, num_depths)
-        sorting.check_levels(plan, chosen, "depth")
+        chosen, counts = forced(depth, "depth", num_depths, size, device, generator)
+        plan = sorting.route_descending(chosen, num_depths, counts)
+        plan.prefetch(lambda made: sorting.check_levels(made, chosen, "depth"))
         current.decision = Decision(TOP_ONE, chosen, plan)
         self._run_to_depth(current)
 
@@ -199,6 +199,7 @@ class StackFusion(Adaptive):
         decision, plan, last = current.decision, current.decision.plan, self._last_whole(True)
         learns, exact = decision.grad is not None, decision.exact
         everywhere = self._runs_everywhere(current)
+        assert plan is not None
         prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
         if everywhere or last:
             # Of a sum of weights all keep their gradient, and of a pair the one that is not zero.
@@ -210,8 +211,8 @@ class StackFusion(Adaptive):
 
             prefix = self._run_everywhere(current, weigh, last=None if everywhere else last)
             if everywhere:
+                plan.host_header  # noqa: B018 (what is at fault is raised)
                 return
-        assert plan is not None
         probs = decision.probs if learns else None
         if last < len(current.cells):
             probs = prefix.sort_by_depth(plan, last + 1, exact, probs)
