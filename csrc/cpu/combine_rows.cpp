@@ -1,8 +1,7 @@
 // combine_rows on the CPU: rows are moved whole, or summed a block of elements at a time.
 #include "ops/combine_rows.h"
 
-#include <cstring>
-
+#include "cpu/copy_row.h"
 #include "cpu/slots.h"
 
 namespace dynmm {
@@ -15,15 +14,18 @@ struct Combine : OnCpu {
 
   void move(const Slots& slots, const int32_t* inverse, int64_t rows, int64_t bytes,
             char* out) const {
-    parallel_rows(rows, bytes, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const char* from = row_of(slots, inverse[n]);
-        if (from != nullptr) {
-          std::memcpy(out + n * bytes, from, static_cast<size_t>(bytes));
-        } else {
-          std::memset(out + n * bytes, 0, static_cast<size_t>(bytes));
+    visit_size(bytes, [=, &slots](auto size) {
+      parallel_rows(rows, bytes, [=, &slots](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          const char* from = row_of(slots, inverse[n]);
+          char* to = out + n * bytes;
+          if (from != nullptr) {
+            copy_row(from, to, size);
+          } else {
+            std::memset(to, 0, static_cast<size_t>(bytes));
+          }
         }
-      }
+      });
     });
   }
 
