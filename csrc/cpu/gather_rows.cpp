@@ -3,6 +3,7 @@
 
 #include "cpu/copy_row.h"
 #include "cpu/parallel.h"
+#include "cpu/row_loops.h"
 
 namespace dynmm {
 namespace {
@@ -46,13 +47,6 @@ void copy_range(const Move& move, Runs runs, uint32_t ranks, int64_t begin, int6
   });
 }
 
-template <class T>
-void scale_row(const T* from, Accumulator<T> weight, int64_t numel, T* __restrict__ to) {
-  for (int64_t i = 0; i < numel; ++i) {
-    to[i] = static_cast<T>(weight * static_cast<Accumulator<T>>(from[i]));
-  }
-}
-
 struct Gather : OnCpu, TakesRuns {
   using OnCpu::OnCpu;
 
@@ -79,6 +73,7 @@ struct Gather : OnCpu, TakesRuns {
   template <class T>
   void scale(const Move& move, uint32_t ranks, const Accumulator<T>* weights) const {
     const int64_t numel = move.bytes / static_cast<int64_t>(sizeof(T));
+    const auto scale_row = row_loops<T>().scale;
     parallel_rows(move.rows, move.bytes, [=](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         const char* from = row_of(move, ranks, s);

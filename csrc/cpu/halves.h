@@ -98,6 +98,62 @@ DYNMM_INLINE void widen(const double* from, int64_t size, double* to) {
 }
 DYNMM_INLINE void narrow(const double* from, int64_t size, double* to) { widen(from, size, to); }
 
+// As many as there are lanes of a float.
+template <class T>
+DYNMM_INLINE Lanes<float> load_halves(const T* from) {
+  float wide[Lanes<float>::kCount];
+  widen(from, Lanes<float>::kCount, wide);
+  return load(wide);
+}
+
+template <class T>
+DYNMM_INLINE void store_halves(const Lanes<float>& from, T* to) {
+  float wide[Lanes<float>::kCount];
+  store(from, wide);
+  narrow(wide, Lanes<float>::kCount, to);
+}
+
+#if DYNMM_VECTOR_BYTES > 16
+typedef uint16_t ShortPart __attribute__((vector_size(DYNMM_VECTOR_BYTES / 2)));
+typedef uint32_t WordPart __attribute__((vector_size(DYNMM_VECTOR_BYTES)));
+
+DYNMM_INLINE Lanes<float> load(const BFloat16* from) {
+  ShortPart half[Lanes<float>::kParts];
+  __builtin_memcpy(half, from, sizeof(half));
+  Lanes<float> to;
+  for (int p = 0; p < to.kParts; ++p) {
+    to.part[p] = (Lanes<float>::Part)(__builtin_convertvector(half[p], WordPart) << 16);
+  }
+  return to;
+}
+
+DYNMM_INLINE void store(const Lanes<float>& from, BFloat16* to) {
+  ShortPart half[Lanes<float>::kParts];
+  for (int p = 0; p < from.kParts; ++p) {
+    const WordPart bits = (WordPart)from.part[p];
+    const WordPart rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const WordPart any = from.part[p] == from.part[p] ? rounded : WordPart{} + 0x7fc0u;
+    half[p] = __builtin_convertvector(any, ShortPart);
+  }
+  __builtin_memcpy(to, half, sizeof(half));
+}
+#else
+DYNMM_INLINE Lanes<float> load(const BFloat16* from) { return load_halves(from); }
+DYNMM_INLINE void store(const Lanes<float>& from, BFloat16* to) { store_halves(from, to); }
+#endif
+
+#if DYNMM_VECTOR_BYTES == 64
+DYNMM_INLINE Lanes<float> load(const Half* from) {
+  return {{_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from))}};
+}
+DYNMM_INLINE void store(const Lanes<float>& from, Half* to) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(from.part[0], 0));
+}
+#else
+DYNMM_INLINE Lanes<float> load(const Half* from) { return load_halves(from); }
+DYNMM_INLINE void store(const Lanes<float>& from, Half* to) { store_halves(from, to); }
+#endif
+
 constexpr int64_t kAhead = 2048;  // bytes: rows that come next are asked for in time
 
 // Whole vectors, the last of them filled up with `pad`. What is stored is what is loaded again: a

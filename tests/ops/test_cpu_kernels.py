@@ -1,11 +1,7 @@
 """What the C++ kernels do that no other backend does: parts for threads, blocks, spans, copies."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import kernel_cases as cases
 import pytest
@@ -154,69 +150,6 @@ def test_entries_outside(dtype, numel, ranks):
 def test_energy_fuse(dtype, rows, classes, modalities):
     """Lanes as rows or as classes, whole and in part; one strip of vectors or two."""
     cases.check_energy_fuse(run, dtype, rows, classes, modalities)
-
-
-def energies(dtype: torch.dtype, rows: int, classes: int, modalities: int) -> list[torch.Tensor]:
-    """All that both ops return, in every weighting, for classes and for labels."""
-    wide = ops.weight_dtype(dtype)
-    logits = [5 * random_values((rows, classes), dtype) for _ in range(modalities)]
-    for values, place in ((-torch.inf, 0), (1000.0, 1), (-1000.0, 2), (1e-6, 3)):
-        logits[0].view(-1)[place::7] = values
-    present = torch.rand(rows, modalities) < 0.8
-    targets = torch.randint(0, classes, (rows,)), torch.rand(rows, classes, dtype=wide)
-    weights = torch.randn(rows, modalities, dtype=wide)
-    grads = random_values((rows, classes), dtype), *torch.randn(2, rows, modalities + 1, dtype=wide)
-    made = []
-    for aims, weighting in itertools.product(targets, range(4)):
-        given = weights if weighting == 3 else None
-        arguments = logits, aims, present, given, weighting, 0.1
-        forward = run("energy_fuse", *arguments)
-        incoming = grads[0], grads[1][:, :-1], grads[2]
-        of_logits, of_weights = run("energy_fuse_grads", *arguments, False, forward[3], *incoming)
-        made += [*forward, *of_logits, of_weights]
-    return made
-
-
-SHAPES = [(1, 10, 2), (37, 2, 3), (50, 10, 2), (19, 32, 1), (5, 101, 2), (3, 1500, 2)]
-
-
-def all_energies() -> list[torch.Tensor]:
-    torch.manual_seed(3)
-    dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
-    return [t for dtype in dtypes for shape in SHAPES for t in energies(dtype, *shape)]
-
-
-def without_payload(tensor: torch.Tensor) -> torch.Tensor:
-    """One nan for all: which of two operands gives its bits to a sum is nobody's promise."""
-    return tensor.nan_to_num(nan=123.0, posinf=torch.inf, neginf=-torch.inf)
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
-def test_the_same_bits_on_every_instruction_set(level, tmp_path):
-    """Tested as far as this machine goes: its best one against lesser ones."""
-    script = (
-        "import sys, torch, dynmm_kernels, test_cpu_kernels as here\n"
-        "with dynmm_kernels.backend('cpu'): torch.save(here.all_energies(), sys.argv[1])"
-    )
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    environment = {**os.environ, "DYNMM_CPU_LEVEL": level, "PYTHONPATH": path}
-    file = tmp_path / "made.pt"
-    subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
-    for ours, theirs in zip(all_energies(), torch.load(file), strict=True):
-        cases.assert_same(without_payload(ours), without_payload(theirs))
-
-
-@pytest.mark.parametrize("shape", [(70_001, 10, 2), (3001, 101, 2), (301, 1500, 1)])
-def test_energies_do_not_depend_on_threads(shape, restored_threads):
-    def made(threads: int) -> list[torch.Tensor]:
-        torch.manual_seed(4)
-        torch.set_num_threads(threads)
-        return energies(torch.float32, *shape)
-
-    first = made(1)
-    for threads in (2, 3, 3):
-        for got, wanted in zip(made(threads), first, strict=True):
-            cases.assert_same(without_payload(got), without_payload(wanted))
 
 
 def test_energies_of_infinite_logits():
