@@ -43,21 +43,27 @@ void sum_terms(const Term<T>* terms, int64_t count, int64_t size, T* to) {
   });
 }
 
+template <bool kEach, class A, class L>
+DYNMM_INLINE Lanes<A> factors(const A* from, const L& lanes) {
+  if constexpr (kEach) {
+    return lanes.read(from);
+  } else {
+    return all(*from);
+  }
+}
+
 template <bool kEach, class T, class A = Accumulator<T>>
 void scale_and_add(const T* x, const T* y, const A* s, const A* t, int64_t size, T* to) {
-  const Lanes<A> s0 = all(*s), t0 = all(*t);
   at_least_once<A>(size, [&](const auto& lanes) DYNMM_INLINED {
-    const Lanes<A> u = kEach ? lanes.read(s) : s0, v = kEach ? lanes.read(t) : t0;
-    lanes.write(u * lanes.read(x) + v * lanes.read(y), to);
+    lanes.write(factors<kEach>(s, lanes) * lanes.read(x) + factors<kEach>(t, lanes) * lanes.read(y),
+                to);
   });
 }
 
 template <bool kEach, class T, class A = Accumulator<T>>
 void scale_and_shift(const T* from, const A* scale, const A* shift, int64_t size, T* to) {
-  const Lanes<A> s0 = all(*scale), t0 = all(*shift);
   at_least_once<A>(size, [&](const auto& lanes) DYNMM_INLINED {
-    const Lanes<A> s = kEach ? lanes.read(scale) : s0, t = kEach ? lanes.read(shift) : t0;
-    lanes.write(s * lanes.read(from) + t, to);
+    lanes.write(factors<kEach>(scale, lanes) * lanes.read(from) + factors<kEach>(shift, lanes), to);
   });
 }
 
