@@ -63,6 +63,34 @@ struct Blocks {
   int64_t stride;
 };
 
+inline Blocks blocks_at(const Operand& t) {
+  return {data_of<char>(t.tensor), t.strides[0] * t.element_size()};
+}
+
+// A row that lies in runs of equal size, `stride` bytes apart, as slices of wider rows do.
+struct Runs {
+  int64_t count = 1, stride = 0;
+};
+
+// std::nullopt: the rows of `t` come in one block to `layout`, or do not lie so either.
+inline std::optional<Runs> runs_of(const Operand& t, const RowLayout& layout) {
+  if (layout.holds(t)) return std::nullopt;
+  int64_t run = 1, count = 1, stride = 0;
+  for (size_t d = t.dims(); d-- > 1;) {
+    const int64_t size = t.sizes[d], step = t.strides[d];
+    if (size == 1) continue;
+    if (count == 1 && step == run) {
+      run *= size;
+    } else if (count == 1 || step == stride * count) {
+      if (count == 1) stride = step;
+      count *= size;
+    } else {
+      return std::nullopt;
+    }
+  }
+  return Runs{count, stride * t.element_size()};
+}
+
 // Brings tensors to layouts. Those that lie otherwise are copied, each once however often it comes,
 // and the copies live as long as this. Where values are read, not moved, they are aligned as well.
 class Copies {
@@ -71,8 +99,7 @@ class Copies {
 
   Blocks blocks_of(const Operand& t, const RowLayout& layout) {
     const auto* data = data_of<char>(t.tensor);
-    if (layout.holds(t) && (!aligned_ || is_aligned(data, t.dtype)))
-      return {data, t.strides[0] * t.element_size()};
+    if (layout.holds(t) && (!aligned_ || is_aligned(data, t.dtype))) return blocks_at(t);
     const int64_t stride = layout.strides[0] * t.element_size();
     for (const Copy& copy : copies_) {
       if (copy.from == data && equal(copy.of, t)) return {data_of<char>(copy.kept), stride};

@@ -1,9 +1,9 @@
 // gather_rows on the CPU: one pass over all moves, in parts that run side by side.
 #include "ops/gather_rows.h"
 
-#include <cstring>
-
+#include "cpu/copy_row.h"
 #include "cpu/parallel.h"
+#include "cpu/row_loops.h"
 
 namespace dynmm {
 namespace {
@@ -16,53 +16,41 @@ const char* row_of(const Move& move, uint32_t ranks, int64_t s) {
   return move.from + row * move.from_stride;
 }
 
-// kBytes: of a row, where they are few; 0 where they are many.
-template <int64_t kBytes>
-void copy_rows(const Move& move, uint32_t ranks, int64_t begin, int64_t end) {
-  const auto bytes = static_cast<size_t>(kBytes > 0 ? kBytes : move.bytes);
+// copy(from, to) for rows that are there, zeros for the others. A move of its own: no byte that is
+// written can be one of it.
+template <class F>
+void for_rows(const Move move, uint32_t ranks, int64_t begin, int64_t end, const F& copy) {
   for (int64_t s = begin; s < end; ++s) {
     const char* from = row_of(move, ranks, s);
-    char* to = move.to + static_cast<size_t>(s) * bytes;
+    char* to = move.to + s * move.bytes;
     if (from != nullptr) {
-      std::memcpy(to, from, bytes);
+      copy(from, to);
     } else {
-      std::memset(to, 0, bytes);
+      std::memset(to, 0, static_cast<size_t>(move.bytes));
     }
   }
 }
 
-void copy_range(const Move& move, uint32_t ranks, int64_t begin, int64_t end) {
-  switch (move.bytes) {
-    case 0:
-      return;
-    case 1:
-      return copy_rows<1>(move, ranks, begin, end);
-    case 4:
-      return copy_rows<4>(move, ranks, begin, end);
-    case 8:
-      return copy_rows<8>(move, ranks, begin, end);
-    case 16:
-      return copy_rows<16>(move, ranks, begin, end);
-    case 32:
-      return copy_rows<32>(move, ranks, begin, end);
-    case 64:
-      return copy_rows<64>(move, ranks, begin, end);
-    default:
-      return copy_rows<0>(move, ranks, begin, end);
-  }
+void copy_range(const Move& move, Runs runs, uint32_t ranks, int64_t begin, int64_t end) {
+  const int64_t bytes = move.bytes / runs.count;
+  if (bytes == 0) return;
+  visit_size(bytes, [&](auto size) {
+    if (runs.count == 1) {
+      return for_rows(move, ranks, begin, end,
+                      [=](const char* from, char* to) { copy_row(from, to, size); });
+    }
+    for_rows(move, ranks, begin, end, [=](const char* from, char* to) {
+      for (int64_t run = 0; run < runs.count; ++run) {
+        copy_row(from + run * runs.stride, to + run * bytes, size);
+      }
+    });
+  });
 }
 
-template <class T>
-void scale_row(const T* from, Accumulator<T> weight, int64_t numel, T* __restrict__ to) {
-  for (int64_t i = 0; i < numel; ++i) {
-    to[i] = static_cast<T>(weight * static_cast<Accumulator<T>>(from[i]));
-  }
-}
-
-struct Gather : OnCpu {
+struct Gather : OnCpu, TakesRuns {
   using OnCpu::OnCpu;
 
-  void move(const std::vector<Move>& moves, uint32_t ranks) const {
+  void move(const std::vector<Move>& moves, const std::vector<Runs>& runs, uint32_t ranks) const {
     int64_t total = 0;
     for (const Move& move : moves) total += move.rows * move.bytes;
     const int64_t parts =
@@ -73,7 +61,7 @@ struct Gather : OnCpu {
       for (size_t i = 0; i < moves.size(); ++i) {
         const int64_t rows = moves[i].rows;
         const int64_t share = rows < parts ? (part + static_cast<int64_t>(i)) % parts : part;
-        copy_range(moves[i], ranks, rows * share / parts, rows * (share + 1) / parts);
+        copy_range(moves[i], runs[i], ranks, rows * share / parts, rows * (share + 1) / parts);
       }
     };
     if (parts == 1) return run_part(0);
@@ -85,6 +73,7 @@ struct Gather : OnCpu {
   template <class T>
   void scale(const Move& move, uint32_t ranks, const Accumulator<T>* weights) const {
     const int64_t numel = move.bytes / static_cast<int64_t>(sizeof(T));
+    const auto scale_row = row_loops<T>().scale;
     parallel_rows(move.rows, move.bytes, [=](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         const char* from = row_of(move, ranks, s);

@@ -98,6 +98,59 @@ DYNMM_INLINE void widen(const double* from, int64_t size, double* to) {
 }
 DYNMM_INLINE void narrow(const double* from, int64_t size, double* to) { widen(from, size, to); }
 
+typedef uint16_t ShortPart __attribute__((vector_size(DYNMM_VECTOR_BYTES / 2)));
+typedef uint32_t WordPart __attribute__((vector_size(DYNMM_VECTOR_BYTES)));
+
+DYNMM_INLINE Lanes<float> load(const BFloat16* from) {
+  Lanes<float> to;
+  for (int p = 0; p < to.kParts; ++p) {
+    ShortPart half;
+    __builtin_memcpy(&half, from + p * (to.kCount / to.kParts), sizeof(half));
+    to.part[p] = (Lanes<float>::Part)(__builtin_convertvector(half, WordPart) << 16);
+  }
+  return to;
+}
+
+DYNMM_INLINE void store(const Lanes<float>& from, BFloat16* to) {
+  for (int p = 0; p < from.kParts; ++p) {
+    const WordPart bits = (WordPart)from.part[p];
+    const WordPart rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const WordPart any = from.part[p] == from.part[p] ? rounded : WordPart{} + 0x7fc0u;
+    const ShortPart half = __builtin_convertvector(any, ShortPart);
+    __builtin_memcpy(to + p * (from.kCount / from.kParts), &half, sizeof(half));
+  }
+}
+
+#if DYNMM_VECTOR_BYTES == 64
+// With a mask of all: without one GCC 12 warns of a value that its own header leaves undefined.
+DYNMM_INLINE Lanes<float> load(const Half* from) {
+  return {{_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from))}};
+}
+DYNMM_INLINE void store(const Lanes<float>& from, Half* to) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, from.part[0], 0));
+}
+#elif DYNMM_VECTOR_BYTES == 32
+DYNMM_INLINE Lanes<float> load(const Half* from) {
+  const auto* parts = (const __m128i*)from;
+  return {{_mm256_cvtph_ps(_mm_loadu_si128(parts)), _mm256_cvtph_ps(_mm_loadu_si128(parts + 1))}};
+}
+DYNMM_INLINE void store(const Lanes<float>& from, Half* to) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(from.part[0], 0));
+  _mm_storeu_si128((__m128i*)to + 1, _mm256_cvtps_ph(from.part[1], 0));
+}
+#else
+DYNMM_INLINE Lanes<float> load(const Half* from) {
+  float wide[Lanes<float>::kCount];
+  widen(from, Lanes<float>::kCount, wide);
+  return load(wide);
+}
+DYNMM_INLINE void store(const Lanes<float>& from, Half* to) {
+  float wide[Lanes<float>::kCount];
+  store(from, wide);
+  narrow(wide, Lanes<float>::kCount, to);
+}
+#endif
+
 constexpr int64_t kAhead = 2048;  // bytes: rows that come next are asked for in time
 
 // Whole vectors, the last of them filled up with `pad`. What is stored is what is loaded again: a

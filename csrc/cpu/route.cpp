@@ -1,6 +1,8 @@
 // route on the CPU: a stable counting sort of the entries by branch.
 #include "ops/route.h"
 
+#include <utility>
+
 #include "cpu/parallel.h"
 
 namespace dynmm {
@@ -16,6 +18,7 @@ struct Faults {
 // Counting is bound by the latency of a counter in memory. Four runs of entries, each with counters
 // of its own, advance side by side; every run keeps its entries in order.
 constexpr int64_t kLanes = 4;
+constexpr int64_t kApart = 64 / sizeof(int32_t);
 
 // f(lane, e) for all entries e in [begin, end), ascending within a lane, lanes one after the other.
 template <class F>
@@ -40,39 +43,42 @@ struct Sort : OnCpu {
         entries <= kEntriesPerThread
             ? 1
             : std::min<int64_t>(torch::stable::get_num_threads(), entries / kEntriesPerThread);
-    const int64_t runs = chunks * kLanes;
-    std::vector<int32_t> counters(runs * branches, 0);
-    int32_t* const next = counters.data();  // [run, branch]: rows, later the next slot
-    std::vector<Faults> faults(runs);       // in order of their entries
+    // [chunk, lane, branch]: rows, later the next slot; no two chunks share a line of the cache.
+    const int64_t pitch = kLanes * branches + kApart;
+    std::vector<int32_t> counters(chunks * pitch, 0);
+    std::vector<Faults> faults(chunks * kLanes);  // in order of their entries
+    int32_t* const next = counters.data();
     Faults* const fault = faults.data();
-    // f(run, entry) for all entries, the same way each time.
+    // f(the counters of a lane, its faults, entry) for all entries, the same way each time.
     const auto over_entries = [&](const auto& f) {
       const auto over_chunks = [&](int64_t first, int64_t last) {
         for (int64_t c = first; c < last; ++c) {
           for_entries(entries * c / chunks, entries * (c + 1) / chunks,
-                      [=](int64_t lane, int64_t entry) { f(c * kLanes + lane, entry); });
+                      [=](int64_t lane, int64_t entry) {
+                        f(next + c * pitch + lane * branches, fault + c * kLanes + lane, entry);
+                      });
         }
       };
       if (chunks == 1) return over_chunks(0, 1);
       torch::stable::parallel_for(0, chunks, 1, over_chunks);
     };
 
-    over_entries([=](int64_t run, int64_t entry) {
+    over_entries([=](int32_t* counter, Faults* faulty, int64_t entry) {
       const int branch = select(entry);
       if (branch >= 0) {
-        ++next[run * branches + branch];
-      } else if (branch == kFaulty && fault[run].count++ == 0) {
-        fault[run].first = entry;
+        ++counter[branch];
+      } else if (branch == kFaulty && faulty->count++ == 0) {
+        faulty->first = entry;
       }
     });
 
     int32_t slot = 0;
     for (int64_t b = 0; b < branches; ++b) {
       header[b] = slot;
-      for (int64_t run = 0; run < runs; ++run) {
-        const int32_t count = next[run * branches + b];
-        next[run * branches + b] = slot;
-        slot += count;
+      for (int64_t c = 0; c < chunks; ++c) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          slot += std::exchange(next[c * pitch + lane * branches + b], slot);
+        }
       }
     }
     header[branches] = slot;
@@ -84,10 +90,10 @@ struct Sort : OnCpu {
     header[branches + 1] = static_cast<int32_t>(all.count);
     header[branches + 2] = static_cast<int32_t>(all.first);
 
-    over_entries([=](int64_t run, int64_t entry) {
+    over_entries([=](int32_t* counter, Faults*, int64_t entry) {
       const int branch = select.again(entry);
       if (branch >= 0) {
-        const int32_t where = next[run * branches + branch]++;
+        const int32_t where = counter[branch]++;
         inverse[entry] = where;
         order[where] = static_cast<int32_t>(entry);
       } else {

@@ -44,16 +44,22 @@ struct Lanes {
   Part part[kParts];
 };
 
+// Part by part: GCC 12 would copy the whole by pieces of 16 bytes, which no wider load may follow
+// at once.
 template <class A>
 DYNMM_INLINE Lanes<A> load(const A* from) {
   Lanes<A> to;
-  __builtin_memcpy(&to, from, sizeof(to));
+  for (int p = 0; p < to.kParts; ++p) {
+    __builtin_memcpy(&to.part[p], from + p * (to.kCount / to.kParts), sizeof(to.part[p]));
+  }
   return to;
 }
 
 template <class A>
 DYNMM_INLINE void store(const Lanes<A>& from, A* to) {
-  __builtin_memcpy(to, &from, sizeof(from));
+  for (int p = 0; p < from.kParts; ++p) {
+    __builtin_memcpy(to + p * (from.kCount / from.kParts), &from.part[p], sizeof(from.part[p]));
+  }
 }
 
 template <class A>

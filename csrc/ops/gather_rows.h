@@ -14,10 +14,14 @@ struct Move {
   uint32_t limit;  // at most 2^31, so that one unsigned comparison finds what is outside
 };
 
+// A backend that takes rows of several runs. For others they are copied into one.
+struct TakesRuns {};
+
 // gather_rows: out_i[s] = sources[i][order[starts[i] + s] / ranks], times weights[order[...]] where
 // they are given; zeros for an entry of `order` that names no row or no weight.
 //
-// Backend: move(moves, ranks), and scale<T>(move, ranks, weights).
+// Backend: move(moves, ranks), or move(moves, runs, ranks) where it TakesRuns, and scale<T>(move,
+// ranks, weights).
 template <class Backend>
 std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t> starts,
                                 std::vector<int64_t> stops, const Tensor& order, int64_t ranks,
@@ -52,6 +56,8 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t
   Copies copies(weights.has_value());
   std::vector<Tensor> gathered;
   std::vector<Move> moves;
+  std::vector<Runs> runs;
+  const bool in_runs = std::is_base_of_v<TakesRuns, Backend> && !weights;
   gathered.reserve(from.size());
   moves.reserve(from.size());
   // Entries are int32: further ranks than 2^31 change nothing.
@@ -59,7 +65,9 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t
   ranks = std::min(ranks, most);
   for (size_t i = 0; i < from.size(); ++i) {
     const RowLayout layout(from[i]);
-    const Blocks blocks = copies.blocks_of(from[i], layout);
+    const std::optional<Runs> found = in_runs ? runs_of(from[i], layout) : std::nullopt;
+    if (in_runs) runs.push_back(found.value_or(Runs{}));
+    const Blocks blocks = found ? blocks_at(from[i]) : copies.blocks_of(from[i], layout);
     const int64_t rows = stops[i] - starts[i];
     const int64_t limit =
         std::min({std::min(from[i].rows(), most) * ranks, most, scale ? entries : most});
@@ -69,7 +77,11 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> sources, std::vector<int64_t
                      static_cast<uint32_t>(limit)});
   }
   if (!weights) {
-    backend.move(moves, static_cast<uint32_t>(ranks));
+    if constexpr (std::is_base_of_v<TakesRuns, Backend>) {
+      backend.move(moves, runs, static_cast<uint32_t>(ranks));
+    } else {
+      backend.move(moves, static_cast<uint32_t>(ranks));
+    }
     return gathered;
   }
   const Tensor factors = as_contiguous(*scale);

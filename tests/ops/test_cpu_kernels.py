@@ -1,17 +1,21 @@
 """What the C++ kernels do that no other backend does: parts for threads, blocks, spans, copies."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import kernel_cases as cases
 import pytest
 import torch
 from conftest import WITHOUT_COMPILER
-from tensors import FLOATS, LAYOUTS, SELECTIONS, random_selection, random_values
+from tensors import (
+    FLOATS,
+    LAYOUTS,
+    SELECTIONS,
+    random_bits,
+    random_selection,
+    random_values,
+    wider_table,
+)
 
 import dynmm_kernels
 from dynmm_kernels import ops
@@ -42,6 +46,30 @@ def test_fewer_rows_than_threads(rows, threads):
     gathered = run("gather_rows", sources, [0] * 6, [rows] * 6, order, 1, None)
     for got, source in zip(gathered, sources, strict=True):
         cases.assert_same(got, source.flip(0))
+
+
+@pytest.mark.parametrize("rows", [1000, 3 * 16384 - 1, 65_537])
+@pytest.mark.parametrize("branches", [1, 2, 17])
+def test_route_in_parts(rows, branches, threads):
+    """Parts of threads, each with counters of its own."""
+    cases.check_route(run, rows, branches)
+    cases.check_faults(run, rows)
+
+
+@pytest.mark.parametrize("numel", range(70))
+def test_rows_of_few_bytes(numel):
+    """Copied without a call, in words of which the last may reach back; nothing behind them."""
+    rows, branches = 41, 3
+    order, inverse, header = run("route", torch.randint(-1, branches, (rows,)), branches)
+    starts = header.tolist()[: branches + 1]
+    for arranged in (lambda tensor: tensor, wider_table):
+        source = arranged(random_bits((rows, numel), torch.uint8))
+        arguments = ([source] * branches, starts[:-1], starts[1:], order, 1, None)
+        cases.check_moves(run, "gather_rows", *arguments)
+        outputs = [arranged(part) for part in run("gather_rows", *arguments)]
+        for given in cases.GIVEN:
+            arguments = outputs[given], starts[:-1][given], inverse, None
+            cases.check_moves(run, "combine_rows", *arguments)
 
 
 @pytest.mark.parametrize("numel", [511, 512, 600, 1025])
@@ -124,69 +152,6 @@ def test_energy_fuse(dtype, rows, classes, modalities):
     cases.check_energy_fuse(run, dtype, rows, classes, modalities)
 
 
-def energies(dtype: torch.dtype, rows: int, classes: int, modalities: int) -> list[torch.Tensor]:
-    """All that both ops return, in every weighting, for classes and for labels."""
-    wide = ops.weight_dtype(dtype)
-    logits = [5 * random_values((rows, classes), dtype) for _ in range(modalities)]
-    for values, place in ((-torch.inf, 0), (1000.0, 1), (-1000.0, 2), (1e-6, 3)):
-        logits[0].view(-1)[place::7] = values
-    present = torch.rand(rows, modalities) < 0.8
-    targets = torch.randint(0, classes, (rows,)), torch.rand(rows, classes, dtype=wide)
-    weights = torch.randn(rows, modalities, dtype=wide)
-    grads = random_values((rows, classes), dtype), *torch.randn(2, rows, modalities + 1, dtype=wide)
-    made = []
-    for aims, weighting in itertools.product(targets, range(4)):
-        given = weights if weighting == 3 else None
-        arguments = logits, aims, present, given, weighting, 0.1
-        forward = run("energy_fuse", *arguments)
-        incoming = grads[0], grads[1][:, :-1], grads[2]
-        of_logits, of_weights = run("energy_fuse_grads", *arguments, False, forward[3], *incoming)
-        made += [*forward, *of_logits, of_weights]
-    return made
-
-
-SHAPES = [(1, 10, 2), (37, 2, 3), (50, 10, 2), (19, 32, 1), (5, 101, 2), (3, 1500, 2)]
-
-
-def all_energies() -> list[torch.Tensor]:
-    torch.manual_seed(3)
-    dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
-    return [t for dtype in dtypes for shape in SHAPES for t in energies(dtype, *shape)]
-
-
-def without_payload(tensor: torch.Tensor) -> torch.Tensor:
-    """One nan for all: which of two operands gives its bits to a sum is nobody's promise."""
-    return tensor.nan_to_num(nan=123.0, posinf=torch.inf, neginf=-torch.inf)
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
-def test_the_same_bits_on_every_instruction_set(level, tmp_path):
-    """Tested as far as this machine goes: its best one against lesser ones."""
-    script = (
-        "import sys, torch, dynmm_kernels, test_cpu_kernels as here\n"
-        "with dynmm_kernels.backend('cpu'): torch.save(here.all_energies(), sys.argv[1])"
-    )
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    environment = {**os.environ, "DYNMM_CPU_LEVEL": level, "PYTHONPATH": path}
-    file = tmp_path / "made.pt"
-    subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
-    for ours, theirs in zip(all_energies(), torch.load(file), strict=True):
-        cases.assert_same(without_payload(ours), without_payload(theirs))
-
-
-@pytest.mark.parametrize("shape", [(70_001, 10, 2), (3001, 101, 2), (301, 1500, 1)])
-def test_energies_do_not_depend_on_threads(shape, restored_threads):
-    def made(threads: int) -> list[torch.Tensor]:
-        torch.manual_seed(4)
-        torch.set_num_threads(threads)
-        return energies(torch.float32, *shape)
-
-    first = made(1)
-    for threads in (2, 3, 3):
-        for got, wanted in zip(made(threads), first, strict=True):
-            cases.assert_same(without_payload(got), without_payload(wanted))
-
-
 def test_energies_of_infinite_logits():
     """As torch.logsumexp has them, in either layout of the lanes."""
     inf, nan = torch.inf, torch.nan
@@ -212,10 +177,46 @@ def copies_made(call) -> int:
     return sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
 
 
+SLICES = {
+    "of every line": lambda table: table[:, :, 1:5],
+    "one of every line": lambda table: table[..., 3],
+    "lines": lambda table: table[:, 1:3, 2],
+    "every other line": lambda table: table[:, ::2, :4],
+    "every other value": lambda table: table[:, 1, ::2],
+    "of every second sample": lambda table: table[::2, :, 1:],
+    "of more dimensions": lambda table: table.view(-1, 3, 2, 1, 9)[..., 2:7],
+    "a line again": lambda table: table[:, :1, 2:4].expand(-1, 5, -1),
+    "a value again": lambda table: table[:, :1, :1].expand(-1, 5, 3),
+    "lines of one sample": lambda table: table[:1, :, 1:3].expand(4, -1, -1),
+    "nothing of every line": lambda table: table[:, :, 5:5],
+    "of no sample": lambda table: table[:0, :, 1:5],
+}
+
+
+@pytest.mark.parametrize("slice_of", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.complex128])
+def test_slices_are_moved_as_they_lie(slice_of, dtype, threads):
+    source = slice_of(random_bits((40, 6, 9), dtype))
+    order = torch.tensor([3, 0, -1, 2, 39, 1], dtype=torch.int32)
+    arguments = [source, source], [0, 2], [4, 6], order, 1, None
+    cases.check_moves(run, "gather_rows", *arguments)
+    assert copies_made(lambda: run("gather_rows", *arguments)) == 0
+
+
+def test_large_slices_by_many_threads(threads):
+    packed = torch.randn(67, 50, 409)
+    sources = [packed[..., :300], packed[..., 300:374], packed[..., 374:]]
+    order = torch.randperm(67).int()
+    gathered = run("gather_rows", sources, [0, 5, 7], [67, 66, 8], order, 1, None)
+    for got, source, part in zip(gathered, sources, (order, order[5:66], order[7:8]), strict=True):
+        cases.assert_same(got, source[part.long()])
+        assert got.is_contiguous()
+
+
 def test_a_source_with_holes_is_copied_once():
     """However many branches read it; another tensor at the same address has a copy of its own."""
-    table = torch.randn(4, 6, 9)
-    narrow, wide, turned = table[..., 1:5], table[..., 1:7], table.mT[:, 1:7, :4]
+    table = torch.randn(4, 6, 9).mT
+    narrow, wide, turned = table[:, 1:5], table[:, 1:7], table.mT[:, :4, 1:7].mT[..., :3]
     bits = narrow.view(torch.int32)
     sources = [narrow, wide, narrow, turned, bits, wide, narrow[:3]] * 2
     order = torch.tensor([2, 0, 1, 2], dtype=torch.int32)

@@ -1,0 +1,24 @@
+// The loops over rows for processors with AVX-512.
+#include "cpu/row_loops.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c")
+#endif
+
+#define DYNMM_LEVEL avx512
+#define DYNMM_VECTOR_BYTES 64
+#include "cpu/row_loops_level.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
