@@ -96,6 +96,10 @@ class RoutingPlan:
             self._read = host_copy(self.header)
         return self
 
+    def verify(self) -> None:
+        """Raises what is at fault, as `host_header` does."""
+        self.host_header  # noqa: B018
+
     @property
     def is_read(self) -> bool:
         """Whether the host knows the counts already."""

@@ -6,10 +6,10 @@ import warnings
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import autograd
+from ..functional.deferred import has_values
 from .branch import in_place_of
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -73,7 +73,7 @@ class Settings(nn.Module):
     def learns(self, logits: Tensor) -> bool:
         """Whether the gate that gave these logits gets a gradient."""
         learns = self.gate_grad != "none" and autograd.is_followed(logits)
-        if learns and not torch.compiler.is_compiling() and self not in _looked_at:
+        if learns and has_values(logits) and self not in _looked_at:
             self._look_at(logits.detach())
         return learns
 

@@ -25,7 +25,7 @@ def run(
     if plan is None or fusion.execution == "masked":
         result = run_everywhere(branches, batch, decision)
         if plan is not None:
-            plan.host_header  # noqa: B018 (what is at fault is raised)
+            plan.verify()
         return result
     if not plan.is_read:  # meanwhile, what needs no counts
         for branch in branches:
@@ -86,11 +86,12 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["execution"] not in ("auto", "routed")
         or state["noise"] == "gumbel_always"
         or state["gate_returns"] != "logits"
+        or torch.compiler.is_compiling()
     ):
         return None
     modules, chooser = state["_modules"], state["chooser"]
     branches = [*modules["branches"]._modules.values()]
     captured = state.get("captured") is not None
-    if captured or state["execution"] == "routed" or torch.compiler.is_compiling():
+    if captured or state["execution"] == "routed":
         chooser = None
     return run_flat(modules["gate"], branches, inputs, chooser)

@@ -32,7 +32,7 @@ class Pass:
     generator: torch.Generator | None
     outputs: dict[int, Tensor] = field(default_factory=dict)  # by stage, in sample order
     rows_run: list[int] = field(default_factory=list)
-    decision: Decision = Decision(TOP_ONE)  # noqa: RUF009 (cannot be changed)
+    decision: Decision = field(default_factory=lambda: Decision(TOP_ONE))
     keep: Tensor | None = None
     gate_cost: float = 0.0
     masked: bool = False  # by the choice of auto: what was not chosen is left out, not multiplied

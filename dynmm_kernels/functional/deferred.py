@@ -1,0 +1,76 @@
+"""Plans where there are no values to sort by: in a graph that is traced, on tensors without data."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import ops
+from ..ops.schemas import FAULTS
+from .plan import RoutingPlan
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether Python may look at them; not while a compiler or an exporter traces."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+class DeferredPlan(RoutingPlan):
+    """A plan that is sorted when somebody asks, which masked execution does not.
+
+    In a graph that is traced the counts are symbols. They stand for themselves, not for differences
+    of offsets, so that sizes are easy to compare; and faults stop the graph where it runs.
+    """
+
+    __slots__ = ("_selection", "_sorted")
+
+    def __init__(self, selection: Tensor, num_branches: int) -> None:
+        self.num_branches = num_branches
+        self.num_rows, self.ranks = (
+            selection.shape if selection.ndim == 2 else (*selection.shape, 1)
+        )
+        self._selection = selection
+        self._sorted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._host = self._check = self._read = self._counts = None
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._sorted is None:
+            self._sorted = ops.kernels().route(self._selection, self.num_branches)
+        return self._sorted
+
+    @property
+    def order(self) -> Tensor:  # type: ignore[override]
+        return self._parts()[0]
+
+    @property
+    def inverse(self) -> Tensor:  # type: ignore[override]
+        return self._parts()[1]
+
+    @property
+    def header(self) -> Tensor:  # type: ignore[override]
+        return self._parts()[2]
+
+    @property
+    def host_header(self) -> list[int]:
+        if self._host is None:
+            self._host = read_header(self.header)
+        return self._host
+
+    def prefetch(self, check: object = None) -> RoutingPlan:
+        return self
+
+    def verify(self) -> None:
+        """What is at fault cannot be known."""
+
+
+def read_header(header: Tensor, least: int = 0) -> list[int]:
+    """The header on the host, its counts as symbols where a graph is traced; `least`: of them."""
+    numbers = torch.cat([header[:FAULTS].diff(), header[FAULTS:]]).cpu().tolist()
+    *counts, faults, first = numbers
+    for count in counts:
+        torch._check(count >= least)
+    torch._check(faults == 0)
+    return [0, *itertools.accumulate(counts), faults, first]
