@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class DeferredPlan(RoutingPlan):
     """
 
     __slots__ = ("_selection", "_sorted")
+    traced = True
 
     def __init__(self, selection: Tensor, num_branches: int) -> None:
         self.num_branches = num_branches
@@ -56,7 +58,7 @@ class DeferredPlan(RoutingPlan):
     @property
     def host_header(self) -> list[int]:
         if self._host is None:
-            self._host = read_header(self.header)
+            self._host = read_headers([self.header])[0]
         return self._host
 
     def prefetch(self, check: object = None) -> RoutingPlan:
@@ -66,11 +68,16 @@ class DeferredPlan(RoutingPlan):
         """What is at fault cannot be known."""
 
 
-def read_header(header: Tensor, least: int = 0) -> list[int]:
-    """The header on the host, its counts as symbols where a graph is traced; `least`: of them."""
-    numbers = torch.cat([header[:FAULTS].diff(), header[FAULTS:]]).cpu().tolist()
-    *counts, faults, first = numbers
-    for count in counts:
-        torch._check(count >= least)
-    torch._check(faults == 0)
-    return [0, *itertools.accumulate(counts), faults, first]
+def read_headers(headers: Sequence[Tensor], least: int = 0) -> list[list[int]]:
+    """All of them on the host; counts are symbols where a graph is traced, `least` at least."""
+    numbers = torch.cat([torch.cat([h[:FAULTS].diff(), h[FAULTS:]]) for h in headers])
+    host = numbers.cpu().tolist()
+    size = headers[0].shape[0] - 1
+    read = []
+    for i in range(len(headers)):
+        *counts, faults, first = host[i * size : (i + 1) * size]
+        for count in counts:
+            torch._check(count >= least)
+        torch._check(faults == 0)
+        read.append([0, *itertools.accumulate(counts), faults, first])
+    return read

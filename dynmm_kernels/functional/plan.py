@@ -23,8 +23,10 @@ class RoutingPlan:
         num_branches: B.
         num_rows: N, the number of samples.
         ranks: k, the number of entries per sample.
+        traced: whether it is part of a graph, in which counts are symbols.
     """
 
+    traced = False
     __slots__ = (
         "_check",
         "_counts",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -94,7 +95,12 @@ def flatten_as(spec: Spec, tree: Any) -> list[Any] | None:
         ordered = spec.flatten_up_to(tree)
     except ValueError:
         return None
-    return ordered if {id(leaf) for leaf in ordered} == {id(leaf) for leaf in leaves} else None
+    return ordered if {*map(identity, ordered)} == {*map(identity, leaves)} else None
+
+
+def identity(leaf: Any) -> Any:
+    """A key for this very object; in a traced graph not its address, which changes with every call."""
+    return leaf if isinstance(leaf, Tensor) and is_dynamo_compiling() else id(leaf)
 
 
 def tensors_in(leaves: list[Any]) -> list[Tensor]:

@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "batch_norm": ("masked", "subset"),
     "gates_read": ("cells", "stages"),
     "gate_returns": ("logits", "probabilities", "weights"),
+    "starved": ("skip", "run"),
 }
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from . import reference, schemas
 from .libraries import Compiled, load
@@ -72,11 +72,13 @@ _has_triton = importlib.util.find_spec("triton") is not None
 if torch.version.cuda and compiled_cuda.reason and _has_triton:
     _log.info("CUDA tensors go to the Triton kernels: %s", compiled_cuda.reason)
     for _op, _call in _triton.items():
-        schemas.library.impl(_op, _call, "CUDA")
+        for _name in schemas.overloads_of(schemas.OPS[_op].schema):
+            schemas.library.impl(_name, _call, "CUDA")
 
-_overloads = {op: getattr(getattr(torch.ops, schemas.NAMESPACE), op).default for op in schemas.OPS}
-# Below the Python wrapper of each overload: the same dispatch, about a microsecond sooner.
-_dispatched = {op: getattr(call, "_op", call) for op, call in _overloads.items()}
+_packets = {op: getattr(getattr(torch.ops, schemas.NAMESPACE), op) for op in schemas.OPS}
+_overloads = {op: getattr(packet, packet.overloads()[-1]) for op, packet in _packets.items()}
+# Below the Python wrapper of each default: the same dispatch, about a microsecond sooner.
+_dispatched = {op: getattr(packet.default, "_op", packet) for op, packet in _packets.items()}
 
 
 def _guarded(
@@ -169,7 +171,7 @@ _thread = _Thread(_unless_requested())
 
 def kernels() -> Kernels:
     """The ops of the backend that serves this thread now, traceable by torch.compile."""
-    return _thread.kernels.traced if is_dynamo_compiling() else _thread.kernels
+    return _thread.kernels.traced if is_compiling() else _thread.kernels
 
 
 def serving() -> Kernels:

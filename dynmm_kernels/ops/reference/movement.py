@@ -31,7 +31,7 @@ def _gathered_like(
 
 
 @op(
-    "gather_rows(Tensor[] sources, SymInt[] starts, SymInt[] stops, Tensor order, int ranks,"
+    "gather_rows(Tensor[] sources, int[] starts, int[] stops, Tensor order, int ranks,"
     " Tensor? weights=None) -> Tensor[]",
     fake=_gathered_like,
 )
@@ -71,7 +71,7 @@ def _combined_like(
 
 
 @op(
-    "combine_rows(Tensor[] outputs, SymInt[] starts, Tensor inverse, Tensor? weights=None) -> Tensor",
+    "combine_rows(Tensor[] outputs, int[] starts, Tensor inverse, Tensor? weights=None) -> Tensor",
     fake=_combined_like,
     sums=True,
 )
@@ -101,7 +101,7 @@ def _dots_like(rows: Tensor, outputs: list[Tensor], starts: list[int], inverse: 
 
 
 @op(
-    "row_dots(Tensor rows, Tensor[] outputs, SymInt[] starts, Tensor inverse) -> Tensor",
+    "row_dots(Tensor rows, Tensor[] outputs, int[] starts, Tensor inverse) -> Tensor",
     fake=_dots_like,
     sums=True,
 )
