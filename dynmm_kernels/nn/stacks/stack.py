@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import movement, selecting, sorting
+from ...functional.plan import RoutingPlan
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
@@ -19,6 +20,7 @@ from ..routing import DepthRouting
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
 from .prefix import Prefix
 from .stage import Cell, make_stages
+from .steady import SteadyPrefix
 
 
 @dataclass
@@ -162,7 +164,8 @@ class StackFusion(Adaptive):
     def _run_to_depth(self, current: Pass) -> None:
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
         plan = current.decision.plan
-        counts = plan.counts if plan is not None and self.execution == "auto" else ()
+        known = plan is not None and not plan.traced and self.execution == "auto"
+        counts = plan.counts if known else ()  # type: ignore[union-attr]
         self._run_faster(current, counts, lambda: self._run_decided(current))
 
     def _run_faster(
@@ -213,6 +216,9 @@ class StackFusion(Adaptive):
                 return
         assert plan is not None
         probs = decision.probs if learns else None
+        if plan.traced:
+            self._run_steady(current, plan, probs, exact)
+            return
         if last < len(current.cells):
             probs = prefix.sort_by_depth(plan, last + 1, exact, probs)
         for k, cell in enumerate(current.cells[last:], start=last + 1):
@@ -220,6 +226,18 @@ class StackFusion(Adaptive):
             prefix.step(cell, None if probs is None else self._pair(probs, k), exact)
             if k in current.wanted:
                 current.outputs[k] = prefix.read()
+        current.rows_run = prefix.rows_run
+
+    def _run_steady(
+        self, current: Pass, plan: RoutingPlan, probs: Tensor | None, exact: bool
+    ) -> None:
+        """As `_run_decided`, where a graph is traced that is to serve all decisions."""
+        prefix = SteadyPrefix(current.inputs, plan, probs, exact)
+        for k, cell in enumerate(current.cells):
+            weights = None if prefix.probs is None else self._pair(prefix.probs, k + 1)
+            prefix.step(k, cell, weights)
+            if k + 1 in current.wanted:
+                current.outputs[k + 1] = prefix.read()
         current.rows_run = prefix.rows_run
 
     def _run_everywhere(
