@@ -1,4 +1,4 @@
-"""Plans where there are no values to sort by: in a graph that is traced, on tensors without data."""
+"""Plans where there are no values to sort by: in a traced graph, on tensors without data."""
 
 from __future__ import annotations
 

@@ -13,6 +13,10 @@ from ..ops.schemas import FAULTS
 from .deferred import read_headers
 from .plan import RoutingPlan
 
+# A compiler that is not told a number of rows takes it for neither 0 nor 1; so a graph that is to
+# serve all must not meet these.
+LEAST = 2
+
 
 class FilledPlan(RoutingPlan):
     """A plan whose branches have some rows at least: copies of the first sample where they lack.

@@ -99,7 +99,7 @@ def flatten_as(spec: Spec, tree: Any) -> list[Any] | None:
 
 
 def identity(leaf: Any) -> Any:
-    """A key for this very object; in a traced graph not its address, which changes with every call."""
+    """A key for this very object; in a traced graph not its address, which changes by the call."""
     return leaf if isinstance(leaf, Tensor) and is_dynamo_compiling() else id(leaf)
 
 

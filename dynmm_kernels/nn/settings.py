@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..functional import autograd
 from ..functional.deferred import has_values
 from .branch import in_place_of
+from .tracing import MASKED, refuse_jit
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "execution": ("auto", "dense", "masked", "routed"),
@@ -93,6 +94,12 @@ class Settings(nn.Module):
                 "of the gate is wrong",
                 stacklevel=4,
             )
+
+    def _slow_forward(self, *inputs: Any, **options: Any) -> Any:
+        """What torch.jit.trace calls in place of `forward`."""
+        if self.execution in ("auto", "routed"):
+            refuse_jit(self, MASKED)
+        return super()._slow_forward(*inputs, **options)
 
     def extra_repr(self) -> str:
         return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"

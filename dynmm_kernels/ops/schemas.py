@@ -44,8 +44,8 @@ def op(
 ) -> Callable[[Function], Function]:
     """The decorated function becomes the reference of an op; `fake` gives shapes without data.
 
-    An op that takes lists of integers has an overload `traced`, for which they may be symbols: sizes
-    that a graph gets to know when it runs. An overload, because such lists take longer to parse.
+    An op that takes lists of integers has an overload `traced`, for which they may be symbols:
+    sizes that a graph gets to know when it runs. Such lists take longer to parse.
     """
     name = sys.intern(schema.partition("(")[0])  # found as fast as a name that stands in code
 

@@ -79,7 +79,7 @@ class Attending(nn.Module):
 
 
 def three_branches():
-    """Unlike networks on three modalities: x [n, F], a sequence [n, 5, 4], an image [n, 2, 4, 4]."""
+    """Unlike networks: of x [n, F], of a sequence [n, 5, 4], of an image [n, 2, 4, 4]."""
     image = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 3)
     )
@@ -107,10 +107,10 @@ def unlike(**settings):
 
 def assert_agree(actual, expected, tolerance=1e-9):
     """Outputs and gradients; None where masked execution multiplies by zero."""
-    pairs = zip(actual.all(), expected.all(), strict=True)
-    for a, e in (*zip(tree_leaves(actual.output), tree_leaves(expected.output)), *pairs):
+    outputs = zip(tree_leaves(actual.output), tree_leaves(expected.output), strict=True)
+    for a, e in (*outputs, *zip(actual.all(), expected.all(), strict=True)):
         if a is None or e is None:
-            assert not (a if e is None else e).any() if a is not e else True
+            assert a is e or not (a if e is None else e).any()
         else:
             torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 

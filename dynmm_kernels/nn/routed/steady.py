@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...functional import sorting
-from ...functional.filled import fill
+from ...functional.filled import LEAST, fill
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments
 from ..branch import Branch, forward_only
 from ..decision import Decision
 from .execution import Rest, Routed
-
-# A compiler that is not told a number of rows takes it for none of 0 and 1, so that a graph that
-# serves all must not meet these.
-LEAST = 2
 
 
 class Steady(Routed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,50 +15,12 @@ from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
-from ..routing import DepthRouting
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
+from .current import Pass
 from .prefix import Prefix
 from .stage import Cell, make_stages
 from .steady import SteadyPrefix
-
-
-@dataclass
-class Pass:
-    """One forward pass: what goes in, and what it leaves."""
-
-    inputs: tuple[Tensor, Tensor]
-    cells: list[Cell]
-    wanted: set[int]  # stages whose output is read
-    reports: bool  # whether a Routing is wanted
-    generator: torch.Generator | None
-    outputs: dict[int, Tensor] = field(default_factory=dict)  # by stage, in sample order
-    rows_run: list[int] = field(default_factory=list)
-    decision: Decision = field(default_factory=lambda: Decision(TOP_ONE))
-    keep: Tensor | None = None
-    gate_cost: float = 0.0
-    masked: bool = False  # by the choice of auto: what was not chosen is left out, not multiplied
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return self.inputs[0].shape[0]
-
-    def routing(self) -> DepthRouting:
-        """The decision and what it cost."""
-        costs = None
-        if all(cell.aux.cost is not None for cell in self.cells if cell.reads):
-            costs = [sum(cell.main.cost or 0.0 for cell in self.cells)]
-            for cell in self.cells:
-                aux = (cell.aux.cost or 0.0) if cell.reads else 0.0
-                costs.append(costs[-1] + aux + ((cell.fusion.cost or 0.0) if cell.fuses else 0.0))
-        return DepthRouting(
-            self.decision,
-            num_rows=self.num_rows,
-            rows_run=tuple(self.rows_run),
-            costs=None if costs is None else tuple(costs),
-            gate_cost=self.gate_cost,
-            keep=self.keep,
-        )
+from .weights import hide_unselected, skip_and_fuse
 
 
 class StackFusion(Adaptive):
@@ -354,13 +315,3 @@ class StackFusion(Adaptive):
             raise ValueError(
                 f"{label}: main and aux must be on one device; got {main.device} and {aux.device}"
             )
-
-
-def skip_and_fuse(weights: Tensor, k: int) -> Tensor:
-    """[N, 2]: out of the weights [N, 1 + L] of all depths, those of the ones before k and after."""
-    return torch.stack([weights[:, :k].sum(1), weights[:, k:].sum(1)], 1)
-
-
-def hide_unselected(pair: Tensor) -> Tensor:
-    """The same values; only the weights that are not zero keep their gradient."""
-    return torch.where(pair.detach() == 0, 0, pair)

@@ -1,4 +1,4 @@
-"""A stack in a graph that is traced: sorted by depth, every stage called on two samples at least."""
+"""A stack in a traced graph: sorted by depth, every stage called, on two samples at least."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ...functional import movement
-from ...functional.filled import FilledPlan
+from ...functional.filled import LEAST, FilledPlan
 from ...functional.plan import RoutingPlan
 from ..branch import forward_only
-from ..routed.steady import LEAST
 from .stage import Cell, Stage
 
 
