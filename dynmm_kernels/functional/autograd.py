@@ -28,7 +28,10 @@ def gather(
 ) -> list[Tensor]:
     if _recorded(sources, weights):
         return list(_GatherRows.apply(plan, index, starts, stops, weights, *sources))
-    return _gather(plan, plan.order, sources, index, starts, stops, weights)
+    if weights is not None:
+        return _gather(plan, plan.order, sources, index, starts, stops, weights)
+    repeated = [sources[i] for i in index]
+    return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks)
 
 
 def take(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import ops
 from ..ops.schemas import FAULTS
@@ -16,6 +17,8 @@ from .plan import RoutingPlan
 
 def has_values(tensor: Tensor) -> bool:
     """Whether Python may look at them; not while a compiler or an exporter traces."""
+    if type(tensor) is Tensor:  # what exporters pass are subclasses
+        return not (is_dynamo_compiling() or tensor.is_meta)
     return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 

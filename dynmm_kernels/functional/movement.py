@@ -119,18 +119,12 @@ def combine_rows(
     if not isinstance(first, Tensor):
         return first
     outputs = same_dtype(outputs)
-    if weights is None and plan.ranks == 1:
-        return _put(plan, outputs, starts, None)
-    if first.dtype == torch.bool:
+    if weights is None and plan.ranks == 1 and not plan.traced:
+        return autograd.combine(plan, outputs, starts, None)
+    if first.dtype == torch.bool and (weights is not None or plan.ranks > 1):
         raise TypeError("combine: bool outputs cannot be summed; return them as integers")
     if weights is not None:
         weights = checks.check_weights(weights, plan, first.dtype)
-    return _put(plan, outputs, starts, weights)
-
-
-def _put(
-    plan: RoutingPlan, outputs: Sequence[Tensor], starts: list[int], weights: Tensor | None
-) -> Tensor:
     if plan.traced:
         return traced.put([*outputs], starts, plan.order, plan.inverse, weights)
     return autograd.combine(plan, outputs, starts, weights)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import ops
 from ..ops.schemas import FAULTS
@@ -52,10 +53,14 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             # A value past int64 wraps to a negative one: out of range, but never "no branch".
             wide = selection.long()
             selection = torch.where(wide < 0, num_branches, wide)
-    if not has_values(selection):
+        if not has_values(selection):
+            return DeferredPlan(selection, num_branches)
+    elif is_dynamo_compiling():
         return DeferredPlan(selection, num_branches)
     order, inverse, header = ops.serving().route(selection, num_branches)
     if not selection.is_cpu:
+        if selection.is_meta:
+            return DeferredPlan(selection, num_branches)
         plan = RoutingPlan(order, inverse, header, num_branches)
         return plan.prefetch(partial(checks.check_choice, given))
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())

@@ -95,12 +95,17 @@ def flatten_as(spec: Spec, tree: Any) -> list[Any] | None:
         ordered = spec.flatten_up_to(tree)
     except ValueError:
         return None
-    return ordered if {*map(identity, ordered)} == {*map(identity, leaves)} else None
+    key = identity()
+    return ordered if {*map(key, ordered)} == {*map(key, leaves)} else None
 
 
-def identity(leaf: Any) -> Any:
-    """A key for this very object; in a traced graph not its address, which changes by the call."""
-    return leaf if isinstance(leaf, Tensor) and is_dynamo_compiling() else id(leaf)
+def identity() -> Callable[[Any], Any]:
+    """Gives keys for objects; in a traced graph not their addresses, which change by the call."""
+    return _itself if is_dynamo_compiling() else id
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Tensor) else id(leaf)
 
 
 def tensors_in(leaves: list[Any]) -> list[Tensor]:

@@ -61,6 +61,7 @@ class Arguments:
         if self.plain and not copied:
             return self.selected
         copies: dict[Any, Tensor] = {}
+        key_of = tree.identity()
         rows = []
         for i in self.rows:
             leaf = self.leaves[i]
@@ -72,7 +73,7 @@ class Arguments:
                     )
                 leaf = self.fetch(leaf, torch.arange(num_rows), copied)
             elif copied:
-                key = tree.identity(leaf)
+                key = key_of(leaf)
                 if key not in copies:
                     copies[key] = leaf.clone()
                 leaf = copies[key]
@@ -140,10 +141,11 @@ def gather_arguments(
     owner: list[int] = []
     moved: dict[int, dict[Any, int]] = {}  # of each branch's rows: where a tensor's are
     places = []
+    key_of = tree.identity()
     for branch, own in zip(branches, arguments, strict=True):
         place_of = moved.setdefault(branch, {})
         for tensor in own.tensors():
-            key = tree.identity(tensor)
+            key = key_of(tensor)
             if key not in place_of:
                 place_of[key] = len(index)
                 index.append(index_of.setdefault(key, len(sources)))
@@ -168,6 +170,7 @@ def _rows_of(
 ) -> list[Tensor]:
     """The branch's per-sample leaves: gathered already, or fetched now."""
     indices = None
+    key_of = tree.identity()
     rows = []
     for i in own.rows:
         leaf = own.leaves[i]
@@ -175,5 +178,5 @@ def _rows_of(
             indices = plan.rows(branch).cpu() if indices is None else indices
             rows.append(own.fetch(leaf, indices.clone(), copied))
         else:
-            rows.append(gathered[place_of[tree.identity(leaf)]])
+            rows.append(gathered[place_of[key_of(leaf)]])
     return rows

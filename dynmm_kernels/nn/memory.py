@@ -49,12 +49,7 @@ def apart(output: Any, held: Iterable[Tensor]) -> Any:
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each was written to; nothing for those of inference mode, which do not count.
-
-    Nor while a graph is traced: its compiler knows who writes where.
-    """
-    if is_dynamo_compiling():
-        return []
+    """How often each was written to; nothing for those of inference mode, which do not count."""
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:

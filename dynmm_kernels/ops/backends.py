@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import reference, schemas
 from .libraries import Compiled, load
@@ -171,7 +171,7 @@ _thread = _Thread(_unless_requested())
 
 def kernels() -> Kernels:
     """The ops of the backend that serves this thread now, traceable by torch.compile."""
-    return _thread.kernels.traced if is_compiling() else _thread.kernels
+    return _thread.kernels.traced if is_dynamo_compiling() else _thread.kernels
 
 
 def serving() -> Kernels:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ...functional import tree
 from ..adaptive import FORWARD, NO_GATE, hindrance, run_faster
@@ -95,7 +96,7 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["noise"] == "gumbel_always"
         or state["gate_returns"] != "logits"
         or state["starved"] != "skip"
-        or torch.compiler.is_compiling()
+        or is_dynamo_compiling()
     ):
         return None
     modules, chooser = state["_modules"], state["chooser"]
