@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import autograd, checks, learning, traced, tree
+from . import autograd, checks, learning, ranges, traced, tree
 from .filled import FilledPlan
 from .plan import RoutingPlan
 
@@ -96,6 +96,7 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
     return tree.unflatten(combined, spec)
 
 
+@ranges.phase("gather")
 def gather_rows(
     plan: RoutingPlan,
     sources: list[Tensor],
@@ -111,6 +112,7 @@ def gather_rows(
     return _take(plan, sources, index, begin, end)
 
 
+@ranges.phase("combine")
 def combine_rows(
     plan: RoutingPlan, outputs: Sequence[Any], starts: list[int], weights: Tensor | None = None
 ) -> Any:
@@ -145,6 +147,7 @@ def _take(
     return autograd.take(plan, filled, sources, index, starts, stops)
 
 
+@ranges.phase("combine")
 def combine_selected(
     plan: RoutingPlan,
     rows: Sequence[Any],
@@ -211,6 +214,7 @@ def carries_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+@ranges.phase("gather")
 def gather_flat(
     order: Tensor, tensors: Sequence[Tensor], starts: list[int], stops: list[int]
 ) -> list[Sequence[Tensor]]:
@@ -225,6 +229,7 @@ def gather_flat(
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+@ranges.phase("combine")
 def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
     """Tensors of one dtype, by slots of a top-1 plan, in sample order. Records no graph."""
     return ops.serving().combine_rows(outputs, starts, inverse)
@@ -248,6 +253,7 @@ def same_dtype(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return outputs
 
 
+@ranges.phase("gather")
 def gather_slots(
     plan: RoutingPlan,
     sources: Sequence[Tensor],
@@ -261,6 +267,7 @@ def gather_slots(
     return _take(plan, [*sources], index, [*starts], [*stops])
 
 
+@ranges.phase("combine")
 def fuse_prefix(
     head: Tensor | None,
     tail: Tensor | None,

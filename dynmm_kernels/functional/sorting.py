@@ -12,13 +12,14 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import ops
 from ..ops.schemas import FAULTS
-from . import checks
+from . import checks, ranges
 from .deferred import DeferredPlan, has_values
 from .plan import RoutingPlan, host_copy
 
 FAULTY = -2  # an entry that no branch and not "no branch" is
 
 
+@ranges.phase("route")
 def route(selection: Tensor, num_branches: int) -> RoutingPlan:
     """Sorts samples by the branch they chose.
 
@@ -69,6 +70,7 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
     return plan
 
 
+@ranges.phase("route")
 def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
     """Sorts samples by their largest logit (ties: the first branch), in one pass.
 
@@ -93,6 +95,7 @@ def choose(logits: Tensor) -> Tensor:
     return ops.serving().route_argmax(logits)[0]
 
 
+@ranges.phase("route")
 def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> RoutingPlan:
     """The plan of an integer selection [N, k]; all of a row that is `undefined` [N] is faulty.
 
@@ -106,6 +109,7 @@ def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> Rou
     return RoutingPlan(order, inverse, header, num_branches)
 
 
+@ranges.phase("route")
 def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
     """The plan of int64 [N] whose rows per branch the host knows already: nothing waits for them.
 
@@ -117,6 +121,7 @@ def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
     return RoutingPlan(order, inverse, header, len(counts), _header(counts))
 
 
+@ranges.phase("route")
 def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     """The plan of all (sample, branch) that were not chosen, k = B.
 
@@ -137,6 +142,7 @@ def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     return RoutingPlan(order, inverse, header, plan.num_branches, [*starts, 0, -1])
 
 
+@ranges.phase("route")
 def route_descending(
     level: Tensor, num_levels: int, counts: Sequence[int] | None = None
 ) -> RoutingPlan:
@@ -193,6 +199,7 @@ def permutation(order: Tensor) -> RoutingPlan:
     return RoutingPlan(order, inverse.view(size, 1), header, 1, [0, size, 0, -1])
 
 
+@ranges.phase("route")
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """`route_argmax` as order, inverse and the header on the host, without faults."""
     _, order, inverse, header = ops.serving().route_argmax(logits)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..functional import ranges
 from .arguments import Arguments
 from .memory import versions
 from .notes import note_origin
@@ -84,6 +86,11 @@ class Branch(nn.Module):
         """What messages call it."""
         return self.title or f"branch {self.name!r}"
 
+    @property
+    def range(self) -> str:
+        """What profiles call it."""
+        return f"branch[{self.name}]"
+
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
         if self.training:
@@ -145,6 +152,9 @@ class Branch(nn.Module):
         The module's own exceptions are raised as they are, with a note that names the branch.
         """
         state = self.__dict__  # past Module.__getattr__, which is slow
+        span = None
+        if not is_dynamo_compiling() and profiler._is_profiler_enabled:
+            span = ranges.begin(self.range)
         try:
             replay = state.get("replay")
             if replay is not None:
@@ -164,6 +174,9 @@ class Branch(nn.Module):
         except Exception as error:
             note_origin(error, self.label)
             raise
+        finally:
+            if span is not None:
+                span.__exit__(None, None, None)
 
     def buffers_held(self) -> list[Tensor]:
         """The module's buffers, which it may return."""
@@ -267,6 +280,8 @@ def forward_only(branches: Iterable[Branch]) -> Iterator[None]:
     torch.set_autocast_cache_enabled(False)
     try:
         with torch.no_grad(), ExitStack() as stack:
+            if ranges.recording():
+                stack.enter_context(ranges.following())
             for branch in branches:
                 stack.enter_context(branch.frozen_statistics())
             yield

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import checks
+from ..functional import checks, ranges
 from .branch import Branch, as_branch, in_place_of
 
 _MEASURES = ("probability", "entropy", "energy")
@@ -32,7 +32,11 @@ def ask(
     Raises:
         ValueError, TypeError: anything but floating [N, C] on the device.
     """
-    logits = gate.call_reading(read, arguments)
+    if ranges.recording():
+        with ranges.asking(gate.title or f"gate[{gate.name}]"):
+            logits = gate.call_reading(read, arguments)
+    else:
+        logits = gate.call_reading(read, arguments)
     checks.check_logits(logits, num_rows, num_columns, device, gate.label)
     return logits
 

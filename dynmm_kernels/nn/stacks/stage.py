@@ -20,6 +20,10 @@ class Stage(Branch):
         return str(self.name)
 
     @property
+    def range(self) -> str:
+        return self.label
+
+    @property
     def fuses_prefix(self) -> bool:
         """Whether it takes fewer rows of the second tensor than of the first, and fuses those."""
         return getattr(part(self, "module"), "fuses_prefix", False)
