@@ -13,6 +13,7 @@ from ..functional.filled import LEAST, fill
 from ..functional.plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch, Branches, as_branch, forward_only, part
+from .processes import ONE_UNIT, may_shard, refuse_sharded
 from .routed.execution import run_rows
 from .tracing import EXPORT, refuse_jit
 
@@ -133,6 +134,8 @@ class EnergyFusion(nn.Module):
         if not all(given):
             here = torch.tensor(given, device=batch.device)
             mask = here.expand(size, -1) if mask is None else mask & here
+        if mask is not None and may_shard():
+            refuse_sharded(self, encoders, ONE_UNIT)
         plan = None if present is None or mask is None else sorting.route(mask, len(encoders))
         logits = _encode(encoders, batch, given, plan, size)
         weights = self.weights if isinstance(self.weights, str) else self.weights(logits)

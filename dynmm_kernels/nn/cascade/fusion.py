@@ -13,6 +13,7 @@ from ...functional.deferred import has_values
 from ..arguments import Arguments
 from ..branch import Branches, as_branch, part
 from ..decision import Decision, forced
+from ..processes import MASK_ALL, may_shard, refuse_sharded
 from ..rules import TOP_ONE
 from ..tracing import MASKED, refuse_jit, refuse_routed
 from .calibration import Calibration, calibrate
@@ -121,6 +122,8 @@ class CascadeFusion(nn.Module):
         if self.training or self._runs_everywhere(batch):
             outcome = run_everywhere(cascade, batch, decision, self.training)
         else:
+            if may_shard():
+                refuse_sharded(self, cascade.stages, MASK_ALL)
             outcome = Routed(cascade, batch, decision).run()
         if not return_routing:
             return outcome.output

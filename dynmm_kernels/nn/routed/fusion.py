@@ -16,6 +16,7 @@ from ..branch import Branch, Branches, as_branch, part
 from ..capture import Capture
 from ..decision import Decision, forced, forced_mask, uniform
 from ..gates import ask
+from ..processes import RUN_ALL, may_shard, refuse_sharded
 from ..replays import Replay
 from ..routing import Routing
 from ..rules import MULTI_HOT, TOP_ONE, rule_of
@@ -128,6 +129,8 @@ class RoutedFusion(Adaptive):
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
                 message names the branch, what came and what was wanted.
         """
+        if may_shard() and self.starved == "skip" and self.execution in ("auto", "routed"):
+            refuse_sharded(self, part(self, "branches").all(), RUN_ALL)
         if not (return_routing or torch.is_grad_enabled() or choice is not None):
             output = ways.run_short(self.__dict__, inputs)
             if output is not None:

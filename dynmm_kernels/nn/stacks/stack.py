@@ -15,6 +15,7 @@ from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
+from ..processes import MASK_ALL, may_shard, refuse_sharded
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
 from .current import Pass
 from .prefix import Prefix
@@ -90,6 +91,8 @@ class StackFusion(Adaptive):
                 f"{type(self).__name__}: stages must be numbers in 1..{last}, in a list; got "
                 f"{stages!r}"
             )
+        if may_shard() and self.execution in ("auto", "routed"):
+            refuse_sharded(self, self._parts_left_out(), MASK_ALL)
         current = Pass((main, aux), self._cells(), {*stages, last}, return_routing, generator)
         size = main.shape[0]
         if depth is None:
@@ -293,6 +296,12 @@ class StackFusion(Adaptive):
 
     def _part_names(self) -> list[str]:
         return [f"depth {depth}" for depth in reversed(range(1 + len(self.main_stages)))]
+
+    def _parts_left_out(self) -> list[Branch]:
+        """What is not called where no sample needs it."""
+        gates = self._modules.get("gates")  # before each cell its own, or one for all samples
+        asked = [*gates._modules.values()] if gates else []
+        return [*asked, *part(self, "aux_stages").all(), *part(self, "fusions").all()]
 
     def _cells(self) -> list[Cell]:
         groups = ("main_stages", "aux_stages", "fusions")
