@@ -116,6 +116,21 @@ class Function(torch.autograd.Function):
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        """One call after the other, as for the columns of a Jacobian: the plan is that of all."""
+        calls = []
+        for i in range(info.batch_size):
+            own = [
+                arg.select(dim, i) if isinstance(dim, int) else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            calls.append(cls.apply(*own))
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        outputs = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
 
 class _GatherRows(Function):
     @staticmethod
@@ -271,7 +286,7 @@ def _sum(terms: Sequence[Tensor]) -> Tensor | None:
 
 
 def _recorded(tensors: Sequence[Tensor], other: Tensor | None) -> bool:
-    if follows_forward():
+    if follows_forward() or torch._C._are_functorch_transforms_active():
         return True
     if not torch.is_grad_enabled():
         return False

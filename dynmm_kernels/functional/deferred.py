@@ -16,10 +16,22 @@ from .plan import RoutingPlan
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether Python may look at them; not while a compiler or an exporter traces."""
+    """Whether Python may look at them; not while a compiler or an exporter traces, or vmap maps."""
+    if torch._C._are_functorch_transforms_active() and is_mapped(tensor):
+        return False
     if type(tensor) is Tensor:  # what exporters pass are subclasses
         return not (is_dynamo_compiling() or tensor.is_meta)
     return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether vmap maps over it, so that it stands for many."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 class DeferredPlan(RoutingPlan):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .autograd import Function, follows_forward, gather, is_followed, on_backend_of_forward
+from .autograd import Function, combine, follows_forward, gather, is_followed, on_backend_of_forward
 
 Hidden = Callable[[], Sequence[Tensor]]
 
@@ -66,6 +66,9 @@ class CombineSelected(Function):
         index, *rows = ctx.saved_tensors
         kernels, own = ops.kernels(), tangents[: len(ctx.starts)]
         weights = probs_tangent.to(ops.weight_dtype(rows[0].dtype))
+        if torch._C._are_functorch_transforms_active():
+            moved = combine(ctx.plan, own, ctx.starts, None)
+            return moved + _combine_rows(rows, ctx.all_starts, index, weights)
         moved = kernels.combine_rows(own, ctx.starts, ctx.plan.inverse, None)
         return moved + kernels.combine_rows(rows, ctx.all_starts, index, weights)
 
@@ -109,6 +112,8 @@ class FusePrefix(Function):
         index, *rows = ctx.saved_tensors
         result = torch.cat(tangents[: ctx.num_parts])
         scale = weights_tangent.to(ops.weight_dtype(result.dtype))
+        if torch._C._are_functorch_transforms_active():
+            return result + _combine_rows(rows, ctx.starts, index, scale)
         return result + ops.kernels().combine_rows(rows, ctx.starts, index, scale)
 
 
@@ -173,6 +178,8 @@ class _Refuse(Function):
 
 def refuse(result: Tensor, hidden: Sequence[Tensor]) -> Tensor:
     """`result`, on which a further derivative with respect to `hidden` raises, on every road."""
+    if torch._C._are_functorch_transforms_active():  # hidden may be of a transform that has ended
+        hidden = [*map(torch._C._functorch.unwrap_if_dead, hidden)]
     hidden = [tensor for tensor in hidden if is_followed(tensor)]
     return result + _Refuse.apply(*hidden) if hidden else result
 
@@ -189,14 +196,26 @@ def _row_dots(
     rows: Tensor, outputs: Sequence[Tensor], starts: Sequence[int], index: Tensor
 ) -> Tensor:
     """The op `row_dots` in plain PyTorch, which differentiates it to any order."""
-    place, count = torch.full_like(index, -1), 0
+    others = _rows_at(outputs, starts, index).to(torch.promote_types(rows.dtype, torch.float32))
+    dots = (rows.to(others.dtype).reshape(len(rows), 1, others.shape[2]) * others.conj()).sum(2)
+    return dots.real if dots.is_complex() else dots
+
+
+def _combine_rows(
+    outputs: Sequence[Tensor], starts: Sequence[int], index: Tensor, weights: Tensor
+) -> Tensor:
+    """The op `combine_rows` likewise."""
+    first = outputs[0]
+    rows = (weights.unsqueeze(2) * _rows_at(outputs, starts, index)).sum(1)
+    return rows.reshape(-1, *first.shape[1:]).to(first.dtype)
+
+
+def _rows_at(outputs: Sequence[Tensor], starts: Sequence[int], index: Tensor) -> Tensor:
+    """[N, M, numel]: the rows in the slots [N, M], zeros where there is none."""
+    place, count, numel = torch.full_like(index, -1), 0, math.prod(outputs[0].shape[1:])
     for start, output in zip(starts, outputs, strict=True):
         held = (index >= start) & (index < start + output.shape[0])
         place = torch.where(held, index - start + count, place)
         count += output.shape[0]
-    wide, numel = torch.promote_types(rows.dtype, torch.float32), math.prod(rows.shape[1:])
-    others = torch.cat([*outputs]).index_select(0, place.clamp(min=0).flatten())
-    others = others.reshape(*index.shape, numel)
-    others = torch.where((place >= 0).unsqueeze(2), others, 0).to(wide)
-    dots = (rows.to(wide).reshape(len(rows), 1, numel) * others.conj()).sum(2)
-    return dots.real if dots.is_complex() else dots
+    rows = torch.cat([*outputs]).index_select(0, place.clamp(min=0).flatten())
+    return torch.where((place >= 0).unsqueeze(2), rows.reshape(*index.shape, numel), 0)

@@ -214,7 +214,6 @@ def carries_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-@ranges.phase("gather")
 def gather_flat(
     order: Tensor, tensors: Sequence[Tensor], starts: list[int], stops: list[int]
 ) -> list[Sequence[Tensor]]:
@@ -229,7 +228,6 @@ def gather_flat(
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-@ranges.phase("combine")
 def combine_flat(inverse: Tensor, outputs: Sequence[Any], starts: list[int]) -> Any:
     """Tensors of one dtype, by slots of a top-1 plan, in sample order. Records no graph."""
     return ops.serving().combine_rows(outputs, starts, inverse)

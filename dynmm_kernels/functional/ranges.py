@@ -49,12 +49,10 @@ def phase(name: str) -> Callable[[Called], Called]:
     return decorate
 
 
-def begin(name: str) -> profiler.record_function:
-    """Enters the range of a module that is called on its own samples, or on those of others."""
+def own_or_rest(name: str) -> profiler.record_function:
+    """The range of a module that is called on its own samples, or on those of others."""
     own = "" if _part.title else " own"
-    range_of = span((_part.title or name) + (" rest" if _part.rest else own))
-    range_of.__enter__()
-    return range_of
+    return span((_part.title or name) + (" rest" if _part.rest else own))
 
 
 @contextmanager

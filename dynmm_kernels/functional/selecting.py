@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ranges
-
 
 def select(
     outputs: Sequence[Tensor], chosen: Tensor, alone: bool = False, out: Tensor | None = None
@@ -34,7 +32,6 @@ def select(
     return total if out is None else out.copy_(total)
 
 
-@ranges.phase("combine")
 def select_sorted(
     outputs: Sequence[Tensor], slots: Tensor, starts: Sequence[int], out: Tensor | None = None
 ) -> Tensor:

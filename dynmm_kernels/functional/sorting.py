@@ -199,7 +199,6 @@ def permutation(order: Tensor) -> RoutingPlan:
     return RoutingPlan(order, inverse.view(size, 1), header, 1, [0, size, 0, -1])
 
 
-@ranges.phase("route")
 def route_flat(logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """`route_argmax` as order, inverse and the header on the host, without faults."""
     _, order, inverse, header = ops.serving().route_argmax(logits)

@@ -151,10 +151,14 @@ class Branch(nn.Module):
         Hooks of the branch, its compiled form and a `forward` of a subclass are in use.
         The module's own exceptions are raised as they are, with a note that names the branch.
         """
+        if is_dynamo_compiling() or not profiler._is_profiler_enabled:
+            return self.call_unnamed(arguments, rows)
+        with ranges.own_or_rest(self.range):
+            return self.call_unnamed(arguments, rows)
+
+    def call_unnamed(self, arguments: Sequence[Any], rows: Sequence[int] | None = None) -> Any:
+        """`call` without a range in profiles."""
         state = self.__dict__  # past Module.__getattr__, which is slow
-        span = None
-        if not is_dynamo_compiling() and profiler._is_profiler_enabled:
-            span = ranges.begin(self.range)
         try:
             replay = state.get("replay")
             if replay is not None:
@@ -174,9 +178,6 @@ class Branch(nn.Module):
         except Exception as error:
             note_origin(error, self.label)
             raise
-        finally:
-            if span is not None:
-                span.__exit__(None, None, None)
 
     def buffers_held(self) -> list[Tensor]:
         """The module's buffers, which it may return."""
@@ -199,7 +200,8 @@ class Branch(nn.Module):
         if is_dynamo_compiling():  # a compiler knows who writes where
             return self.call(arguments, rows)
         before = versions(tensors)
-        output = self.call(arguments, rows)
+        call = self.call if profiler._is_profiler_enabled else self.call_unnamed
+        output = call(arguments, rows)
         if versions(tensors) != before:
             raise ValueError(
                 f"{self.label} must not write into its inputs, which others read as well; let its "

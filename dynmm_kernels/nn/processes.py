@@ -12,13 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .branch import Branch
 
+TENSORS = "torch.distributed.tensor"  # nothing is sharded where nobody imported it
+
 # Types of the branches that a fusion was seen to have, none of them sharded.
 _seen: WeakKeyDictionary[nn.Module, tuple[type, ...]] = WeakKeyDictionary()
 
 
 def may_shard() -> bool:
     """Whether several processes might hold weights together."""
-    if "torch.distributed.tensor" not in sys.modules or is_dynamo_compiling():
+    if is_dynamo_compiling() or TENSORS not in sys.modules:
         return False
     return distributed.is_initialized() and distributed.get_world_size() > 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -15,8 +16,15 @@ def refuse_jit(module: nn.Module, way_out: str) -> None:
 
 def refuse_routed(module: nn.Module) -> None:
     """Raises ValueError: for modules whose routed execution has no graph for every split."""
+    name = type(module).__name__
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            f"{name}: routed execution is not offered under vmap, which does not tell one call's "
+            "decisions from another's; call it once for all samples (rows are dimension 0), or "
+            "set execution='masked' (what 'auto' does there)"
+        )
     raise ValueError(
-        f"{type(module).__name__}: routed execution is not offered while a graph is traced; set "
+        f"{name}: routed execution is not offered while a graph is traced; set "
         "execution='masked' (what 'auto' does there), or compile its parts one by one"
     )
 

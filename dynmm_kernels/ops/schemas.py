@@ -72,7 +72,7 @@ def _no_vmap(name: str) -> Callable[..., Any]:
     def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
         raise RuntimeError(
             f"vmap over {name} is not offered; call it once for all samples: rows are its "
-            "dimension 0"
+            "dimension 0. A fusion with execution='masked' may be mapped over"
         )
 
     return refuse

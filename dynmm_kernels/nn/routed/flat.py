@@ -6,17 +6,44 @@ What it does is the same: route, gather, call, combine.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd import profiler
 
-from ...functional import autograd, checks, movement, selecting, sorting, tree
+from ...functional import autograd, checks, movement, ranges, selecting, sorting, tree
 from ..adaptive import FLAT, run_faster
 from ..branch import Branch
 from ..chooser import Chooser
 from ..gates import ask
 from ..memory import apart
 
+
+class Steps(NamedTuple):
+    """What is called in a row, with ranges in profiles or without looking for a profiler."""
+
+    route: Callable[..., Any]
+    gather: Callable[..., Any]
+    call: Callable[..., Any]
+    combine: Callable[..., Any]
+    select: Callable[..., Any]
+
+
+PLAIN = Steps(
+    sorting.route_flat,
+    movement.gather_flat,
+    Branch.call_unnamed,
+    movement.combine_flat,
+    selecting.select_sorted,
+)
+RECORDED = Steps(
+    ranges.phase("route")(sorting.route_flat),
+    ranges.phase("gather")(movement.gather_flat),
+    Branch.call,
+    ranges.phase("combine")(movement.combine_flat),
+    ranges.phase("combine")(selecting.select_sorted),
+)
 ALONE = "one branch takes the whole batch"
 
 
@@ -38,7 +65,8 @@ def run_flat(
 
     device = inputs[0].device
     logits = ask(gate, inputs, inputs, num_rows, len(branches), device)
-    order, inverse, header = sorting.route_flat(logits)
+    steps = RECORDED if profiler._is_profiler_enabled else PLAIN
+    order, inverse, header = steps.route(logits)
     chosen, starts, stops, counts, start = [], [], [], [], 0
     for b, branch in enumerate(branches):
         stop = header[b + 1]
@@ -59,7 +87,7 @@ def run_flat(
         return tree.unflatten([apart(column[0], held) for column in columns], spec)
 
     def routed() -> Any:
-        return _run_rows(chosen, inputs, (order, inverse), starts, stops, counts)
+        return _run_rows(steps, chosen, inputs, (order, inverse), starts, stops, counts)
 
     if chooser is None:
         return routed()
@@ -67,11 +95,12 @@ def run_flat(
         chooser.last = chooser.barred
         return routed()
     every = tuple([header[b + 1] - header[b] for b in range(len(branches))])
-    ways = routed, lambda: _run_whole(branches, inputs, inverse, header)
+    ways = routed, lambda: _run_whole(steps, branches, inputs, inverse, header)
     return run_faster(chooser, FLAT, num_rows, every, order, ways)
 
 
 def _run_rows(
+    steps: Steps,
     chosen: list[Branch],
     inputs: tuple[Any, ...],
     plan: tuple[Tensor, Tensor],
@@ -81,19 +110,20 @@ def _run_rows(
 ) -> Any:
     """Each branch on its own samples."""
     order, inverse = plan
-    rows = movement.gather_flat(order, inputs, starts, stops)
+    rows = steps.gather(order, inputs, starts, stops)
     rows.reverse()
     every = range(len(inputs))
-    outputs = [branch.call(rows.pop(), every) for branch in chosen]  # rows are freed once used
+    call = steps.call
+    outputs = [call(branch, rows.pop(), every) for branch in chosen]  # rows are freed once used
     if _are_rows(outputs, counts):
         try:
-            return movement.combine_flat(inverse, outputs, starts)
+            return steps.combine(inverse, outputs, starts)
         except RuntimeError:
             pass  # what does not fit is named below
     labels = [branch.label for branch in chosen]
     columns, spec = checks.check_outputs(outputs, counts, labels, order.device)
     combined = [
-        movement.combine_flat(inverse, movement.same_dtype(column), starts)
+        steps.combine(inverse, movement.same_dtype(column), starts)
         if isinstance(column[0], Tensor)
         else column[0]
         for column in columns
@@ -102,17 +132,21 @@ def _run_rows(
 
 
 def _run_whole(
-    branches: list[Branch], inputs: tuple[Any, ...], inverse: Tensor, starts: list[int]
+    steps: Steps,
+    branches: list[Branch],
+    inputs: tuple[Any, ...],
+    inverse: Tensor,
+    starts: list[int],
 ) -> Any:
     """Every branch on every sample; of each sample the output of its own."""
     outputs = [branch.call_reading(inputs, inputs) for branch in branches]
     device, counts = inverse.device, [inverse.shape[0]] * len(branches)
     if checks.single_tensors_fit(outputs, counts, device):
-        return selecting.select_sorted(outputs, inverse, starts)
+        return steps.select(outputs, inverse, starts)
     labels = [branch.label for branch in branches]
     columns, spec = checks.check_outputs(outputs, counts, labels, device)
     combined = [
-        selecting.select_sorted(movement.same_dtype(column), inverse, starts)
+        steps.select(movement.same_dtype(column), inverse, starts)
         if isinstance(column[0], Tensor)
         else column[0]
         for column in columns

@@ -129,12 +129,12 @@ class RoutedFusion(Adaptive):
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
                 message names the branch, what came and what was wanted.
         """
-        if may_shard() and self.starved == "skip" and self.execution in ("auto", "routed"):
-            refuse_sharded(self, part(self, "branches").all(), RUN_ALL)
         if not (return_routing or torch.is_grad_enabled() or choice is not None):
             output = ways.run_short(self.__dict__, inputs)
             if output is not None:
                 return output
+        if may_shard() and self.starved == "skip" and self.execution in ("auto", "routed"):
+            refuse_sharded(self, part(self, "branches").all(), RUN_ALL)
         batch, branches = Arguments(inputs, "RoutedFusion inputs"), part(self, "branches").all()
         before = self.captured.counts() if return_routing and self.captured else None
         if choice is None:

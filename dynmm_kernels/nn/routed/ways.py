@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from ..adaptive import FORWARD, NO_GATE, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
+from ..processes import TENSORS
+from ..tracing import refuse_routed
 from .execution import Result, Routed, run_everywhere
 from .flat import ALONE, run_flat
 from .selecting import run_selecting
@@ -33,6 +36,8 @@ def run(
         if plan is not None:
             plan.verify()
         return result
+    if nothing and torch._C._are_functorch_transforms_active():
+        refuse_routed(fusion)
     subset_norm = fusion.batch_norm == "subset"
     if plan.traced or fusion.starved == "run":
         return Steady(branches, batch, decision, subset_norm).run()
@@ -100,6 +105,7 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["gate_returns"] != "logits"
         or state["starved"] != "skip"
         or is_dynamo_compiling()
+        or TENSORS in sys.modules
     ):
         return None
     modules, chooser = state["_modules"], state["chooser"]

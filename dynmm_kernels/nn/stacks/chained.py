@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import autograd, checks, sorting
-from ...functional.deferred import has_values
 from ..branch import Branch, forward_only, part
 from ..decision import Decision, drawn, upload
 from ..gates import Gates
@@ -185,7 +184,7 @@ class ChainedFusion(StackFusion):
 
     def _runs_everywhere(self, current: Pass) -> bool:
         everywhere = super()._runs_everywhere(current)
-        if everywhere or self.execution == "dense" or has_values(current.inputs[0]):
+        if everywhere or self.execution == "dense" or self._is_known(current):
             return everywhere
         if self.execution == "routed":
             refuse_routed(self)

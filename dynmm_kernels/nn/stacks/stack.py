@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import movement, selecting, sorting
+from ...functional.deferred import has_values, is_mapped
 from ...functional.plan import RoutingPlan
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..branch import Branch, part
@@ -17,6 +18,7 @@ from ..gates import ask
 from ..memory import apart, sharing
 from ..processes import MASK_ALL, may_shard, refuse_sharded
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
+from ..tracing import refuse_routed
 from .current import Pass
 from .prefix import Prefix
 from .stage import Cell, make_stages
@@ -128,6 +130,10 @@ class StackFusion(Adaptive):
     def _run_to_depth(self, current: Pass) -> None:
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
         plan = current.decision.plan
+        if plan is not None and plan.traced and torch._C._are_functorch_transforms_active():
+            if self.execution == "routed":
+                refuse_routed(self)
+            current.mapped = True
         known = plan is not None and not plan.traced and self.execution == "auto"
         counts = plan.counts if known else ()  # type: ignore[union-attr]
         self._run_faster(current, counts, lambda: self._run_decided(current))
@@ -178,7 +184,7 @@ class StackFusion(Adaptive):
 
             prefix = self._run_everywhere(current, weigh, last=None if everywhere else last)
             if everywhere:
-                plan.host_header  # noqa: B018 (what is at fault is raised)
+                plan.verify()
                 return
         probs = decision.probs if learns else None
         if plan.traced:
@@ -281,7 +287,7 @@ class StackFusion(Adaptive):
         return False
 
     def _runs_everywhere(self, current: Pass) -> bool:
-        if self.execution == "masked" or current.masked or not current.num_rows:
+        if self.execution == "masked" or current.masked or current.mapped or not current.num_rows:
             return True
         return self.batch_norm == "masked" and any(cell.couples_samples() for cell in current.cells)
 
@@ -302,6 +308,13 @@ class StackFusion(Adaptive):
         gates = self._modules.get("gates")  # before each cell its own, or one for all samples
         asked = [*gates._modules.values()] if gates else []
         return [*asked, *part(self, "aux_stages").all(), *part(self, "fusions").all()]
+
+    def _is_known(self, current: Pass) -> bool:
+        """Whether decisions can be read: nobody traces, and vmap maps neither data nor weights."""
+        mapped = torch._C._are_functorch_transforms_active()
+        return has_values(current.inputs[0]) and not (
+            mapped and any(map(is_mapped, self.parameters()))
+        )
 
     def _cells(self) -> list[Cell]:
         groups = ("main_stages", "aux_stages", "fusions")
