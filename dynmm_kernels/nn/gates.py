@@ -32,11 +32,22 @@ def ask(
     Raises:
         ValueError, TypeError: anything but floating [N, C] on the device.
     """
-    if ranges.recording():
-        with ranges.asking(gate.title or f"gate[{gate.name}]"):
-            logits = gate.call_reading(read, arguments)
-    else:
-        logits = gate.call_reading(read, arguments)
+    if not ranges.recording():
+        return ask_unnamed(gate, arguments, read, num_rows, num_columns, device)
+    with ranges.asking(gate.title or f"gate[{gate.name}]"):
+        return ask_unnamed(gate, arguments, read, num_rows, num_columns, device)
+
+
+def ask_unnamed(
+    gate: Branch,
+    arguments: Sequence[Any],
+    read: Iterable[Tensor],
+    num_rows: int | None,
+    num_columns: int,
+    device: torch.device | None,
+) -> Tensor:
+    """`ask` without a range in profiles."""
+    logits = gate.call_reading(read, arguments)
     checks.check_logits(logits, num_rows, num_columns, device, gate.label)
     return logits
 

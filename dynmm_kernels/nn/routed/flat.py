@@ -16,13 +16,14 @@ from ...functional import autograd, checks, movement, ranges, selecting, sorting
 from ..adaptive import FLAT, run_faster
 from ..branch import Branch
 from ..chooser import Chooser
-from ..gates import ask
+from ..gates import ask, ask_unnamed
 from ..memory import apart
 
 
 class Steps(NamedTuple):
     """What is called in a row, with ranges in profiles or without looking for a profiler."""
 
+    ask: Callable[..., Any]
     route: Callable[..., Any]
     gather: Callable[..., Any]
     call: Callable[..., Any]
@@ -31,6 +32,7 @@ class Steps(NamedTuple):
 
 
 PLAIN = Steps(
+    ask_unnamed,
     sorting.route_flat,
     movement.gather_flat,
     Branch.call_unnamed,
@@ -38,6 +40,7 @@ PLAIN = Steps(
     selecting.select_sorted,
 )
 RECORDED = Steps(
+    ask,
     ranges.phase("route")(sorting.route_flat),
     ranges.phase("gather")(movement.gather_flat),
     Branch.call,
@@ -64,8 +67,8 @@ def run_flat(
         return None
 
     device = inputs[0].device
-    logits = ask(gate, inputs, inputs, num_rows, len(branches), device)
     steps = RECORDED if profiler._is_profiler_enabled else PLAIN
+    logits = steps.ask(gate, inputs, inputs, num_rows, len(branches), device)
     order, inverse, header = steps.route(logits)
     chosen, starts, stops, counts, start = [], [], [], [], 0
     for b, branch in enumerate(branches):
