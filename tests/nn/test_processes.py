@@ -205,6 +205,8 @@ def refused(rank: int, mesh, results) -> None:
     found["layer"] = told(fusion, [fusion.branches[1].module[2]], x)
     fusion = routed("straight_through")
     found["branch"] = told(fusion, [fusion.branches[0]], x)
+    own = RoutedFusion(Told(2), [mlp(5), DistributedDataParallel(mlp(4))])
+    results["data parallel"] = told(own, [], x)
     fusion = nested("straight_through")
     found["nested"] = told(fusion, [fusion.aux_stages[1].module], x, x)
     stages = [[Keep()], [Keep()], [Sum()]]
@@ -284,6 +286,9 @@ def test_tensor_parallel_branches(two):
 def test_without_the_setting_every_rank_is_told(two):
     for results in two(refused):
         errors = results["errors"]
+        assert (
+            "branch '1' are held by several processes together (Distr" in results["data parallel"]
+        )
         assert len(errors) == 9
         for name, error in errors.items():
             assert "held by several processes together (fully_shard)" in error, name
