@@ -1,6 +1,7 @@
 """Fixtures for every test: seeds, poisoned memory, one run per CPU backend."""
 
 import functools
+import logging
 import os
 import random
 import sys
@@ -108,6 +109,15 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    logging.disable(logging.DEBUG)  # of each step
+    yield
+    logging.disable(logging.NOTSET)
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -79,4 +79,5 @@ struct Combine : OnCpu {
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
   m.impl("combine_rows", TORCH_BOX(&dynmm::combine_rows<dynmm::Combine>));
+  m.impl("combine_rows.traced", TORCH_BOX(&dynmm::combine_rows<dynmm::Combine>));
 }

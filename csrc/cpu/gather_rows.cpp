@@ -94,4 +94,5 @@ struct Gather : OnCpu, TakesRuns {
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&dynmm::gather_rows<dynmm::Gather>));
+  m.impl("gather_rows.traced", TORCH_BOX(&dynmm::gather_rows<dynmm::Gather>));
 }

@@ -51,4 +51,5 @@ struct Dots : OnCpu {
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CPU, m) {
   m.impl("row_dots", TORCH_BOX(&dynmm::row_dots<dynmm::Dots>));
+  m.impl("row_dots.traced", TORCH_BOX(&dynmm::row_dots<dynmm::Dots>));
 }

@@ -94,4 +94,5 @@ struct Combine : OnDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
   m.impl("combine_rows", TORCH_BOX(&dynmm::combine_rows<dynmm::Combine>));
+  m.impl("combine_rows.traced", TORCH_BOX(&dynmm::combine_rows<dynmm::Combine>));
 }

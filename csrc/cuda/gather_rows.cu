@@ -152,4 +152,5 @@ struct Gather : OnDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
   m.impl("gather_rows", TORCH_BOX(&dynmm::gather_rows<dynmm::Gather>));
+  m.impl("gather_rows.traced", TORCH_BOX(&dynmm::gather_rows<dynmm::Gather>));
 }

@@ -131,4 +131,5 @@ struct Dots : OnDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(dynmm_kernels, CUDA, m) {
   m.impl("row_dots", TORCH_BOX(&dynmm::row_dots<dynmm::Dots>));
+  m.impl("row_dots.traced", TORCH_BOX(&dynmm::row_dots<dynmm::Dots>));
 }

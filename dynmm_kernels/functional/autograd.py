@@ -28,8 +28,39 @@ def gather(
 ) -> list[Tensor]:
     if _recorded(sources, weights):
         return list(_GatherRows.apply(plan, index, starts, stops, weights, *sources))
+    if weights is not None:
+        return _gather(plan, plan.order, sources, index, starts, stops, weights)
     repeated = [sources[i] for i in index]
-    return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks, weights)
+    return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks)
+
+
+def take(
+    plan: RoutingPlan,
+    filled: Tensor,
+    sources: list[Tensor],
+    index: Sequence[int],
+    starts: list[int],
+    stops: list[int],
+) -> list[Tensor]:
+    """`gather` by another order, whose rows that are not in the plan get no derivative."""
+    if _recorded(sources, None):
+        return list(_TakeRows.apply((plan, filled), index, starts, stops, None, *sources))
+    return _gather(plan, filled, sources, index, starts, stops, None)
+
+
+def _gather(
+    plan: RoutingPlan,
+    order: Tensor,
+    sources: Sequence[Tensor],
+    index: Sequence[int],
+    starts: list[int],
+    stops: list[int],
+    weights: Tensor | None,
+) -> list[Tensor]:
+    repeated = [sources[i] for i in index]
+    if weights is not None and (lacking := order.shape[0] - weights.numel()):  # a filled plan
+        weights = torch.nn.functional.pad(weights.flatten(), (0, lacking))
+    return ops.kernels().gather_rows(repeated, starts, stops, order, plan.ranks, weights)
 
 
 def combine(
@@ -89,9 +120,7 @@ class Function(torch.autograd.Function):
 class _GatherRows(Function):
     @staticmethod
     def forward(plan, index, starts, stops, weights, *sources):
-        repeated = [sources[i] for i in index]
-        kernels = ops.kernels()
-        return tuple(kernels.gather_rows(repeated, starts, stops, plan.order, plan.ranks, weights))
+        return tuple(_gather(plan, plan.order, sources, index, starts, stops, weights))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -120,7 +149,8 @@ class _GatherRows(Function):
         weight_grad = None
         for i in range(ctx.num_sources):
             own = [m for m, of in enumerate(ctx.index) if of == i and grads[m] is not None]
-            own.sort(key=lambda m: ctx.starts[m])
+            if ops.are_known(*ctx.starts):  # else they ascend
+                own.sort(key=lambda m: ctx.starts[m])
             parts, starts = [grads[m] for m in own], [ctx.starts[m] for m in own]
             wanted = ctx.needs_input_grad[5 + i] and parts
             source_grads.append(combine(ctx.plan, parts, starts, weights) if wanted else None)
@@ -144,6 +174,18 @@ class _GatherRows(Function):
                 terms.append(torch.zeros(shape, dtype=dtype, device=device))
             results.append(_sum(terms))
         return tuple(results)
+
+
+class _TakeRows(_GatherRows):
+    @staticmethod
+    def forward(plans, index, starts, stops, weights, *sources):
+        plan, filled = plans
+        return tuple(_gather(plan, filled, sources, index, starts, stops, weights))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (plan, _), *others = inputs
+        _GatherRows.setup_context(ctx, (plan, *others), output)
 
 
 class _CombineRows(Function):

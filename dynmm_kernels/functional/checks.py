@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from . import tree
+from .deferred import has_values
 from .plan import RoutingPlan
 
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -116,6 +117,8 @@ def check_faults(
         samples: samples[row] is the row of the batch that `logits` are for; None: the same.
         wanted: of what the gate returns.
     """
+    if not has_values(logits):
+        return
     count, first = plan.faults
     if count:
         row = first // plan.ranks
@@ -127,7 +130,7 @@ def check_defined(
     logits: Tensor, undefined: Tensor, gate: str = "the gate", wanted: str = LOGITS
 ) -> None:
     """As `check_faults`, of rows bool [N] that are `undefined`; where nobody makes a plan."""
-    if undefined.any():
+    if has_values(logits) and undefined.any():
         row = int(undefined.int().argmax())
         _raise_undefined(logits, row, int(undefined.sum()), gate, row, wanted)
 

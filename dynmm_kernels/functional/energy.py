@@ -13,6 +13,7 @@ from .. import ops
 from ..ops.checks import ENERGY, FLOATING, GIVEN, MAX_MODALITIES, SOFTMAX, UNIFORM
 from ..ops.reference.energy import in_plain_torch
 from .autograd import Function, follows_forward, on_backend_of_forward
+from .deferred import has_values
 
 _WEIGHTINGS = {"energy": ENERGY, "softmax": SOFTMAX, "uniform": UNIFORM}
 
@@ -94,7 +95,7 @@ def _fuse(
     scale: float,
     detach: bool,
 ) -> Sequence[Tensor]:
-    if follows_forward():
+    if follows_forward() or torch.compiler.is_compiling():  # compilers know how to fuse it
         plain = in_plain_torch(logits, targets, present, weights, weighting, scale, detach)
         return plain[:3]
     recorded = [*logits] if weights is None else [*logits, weights]
@@ -222,7 +223,7 @@ def _check_targets(targets: Any, first: Tensor, dtype: torch.dtype) -> Tensor:
             raise ValueError("energy_fuse: targets get no gradient; pass targets.detach()")
         return targets.to(dtype)
     _check(targets, "targets", (torch.int64,), (len(first),), first)
-    if not targets.is_cuda and len(targets) and not torch.compiler.is_compiling():
+    if not targets.is_cuda and len(targets) and has_values(targets):
         lowest, highest = (extreme.item() for extreme in targets.aminmax())
         if lowest < 0 or highest >= first.shape[1]:
             got = lowest if lowest < 0 else highest

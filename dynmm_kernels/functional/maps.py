@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.reference import empty_maps
 from .autograd import follows_forward, on_backend_of_forward
+from .deferred import has_values
 
 Excite = Callable[[Tensor], Tensor]
 
@@ -49,7 +50,7 @@ def se_add(
     if main.dtype != aux.dtype:  # under autocast
         wide = torch.promote_types(main.dtype, aux.dtype)
         main, aux = main.to(wide), aux.to(wide)
-    if follows_forward():
+    if follows_forward() or not has_values(main):  # compilers know how to fuse it
         return _plain(main, aux, *_plain_scales(main, aux, excite_main, excite_aux))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (main, aux, *parameters)):
         return _SEAdd.apply(excite_main, excite_aux, main, aux, *parameters)

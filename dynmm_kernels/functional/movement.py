@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import autograd, checks, learning, tree
+from . import autograd, checks, learning, traced, tree
+from .filled import FilledPlan
 from .plan import RoutingPlan
 
 
@@ -100,13 +101,14 @@ def gather_rows(
     sources: list[Tensor],
     index: Sequence[int],
     branches: Sequence[int],
-    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """For each i: the rows of sources[index[i]] that go to branches[i]; all in one call."""
     starts = plan.host_header
     begin = [starts[b] for b in branches]
     end = [starts[b + 1] for b in branches]
-    return autograd.gather(plan, sources, index, begin, end, weights)
+    if type(plan) is RoutingPlan:
+        return autograd.gather(plan, sources, index, begin, end, None)
+    return _take(plan, sources, index, begin, end)
 
 
 def combine_rows(
@@ -117,13 +119,30 @@ def combine_rows(
     if not isinstance(first, Tensor):
         return first
     outputs = same_dtype(outputs)
-    if weights is None and plan.ranks == 1:
+    if weights is None and plan.ranks == 1 and not plan.traced:
         return autograd.combine(plan, outputs, starts, None)
-    if first.dtype == torch.bool:
+    if first.dtype == torch.bool and (weights is not None or plan.ranks > 1):
         raise TypeError("combine: bool outputs cannot be summed; return them as integers")
     if weights is not None:
         weights = checks.check_weights(weights, plan, first.dtype)
+    if plan.traced:
+        return traced.put([*outputs], starts, plan.order, plan.inverse, weights)
     return autograd.combine(plan, outputs, starts, weights)
+
+
+def _take(
+    plan: RoutingPlan,
+    sources: list[Tensor],
+    index: Sequence[int],
+    starts: list[int],
+    stops: list[int],
+) -> list[Tensor]:
+    """`autograd.gather` for plans that are filled or traced."""
+    filled = plan.filled if isinstance(plan, FilledPlan) else plan.order
+    if plan.traced:
+        parts = plan.order, filled, plan.inverse
+        return traced.take(sources, [*index], starts, stops, *parts)
+    return autograd.take(plan, filled, sources, index, starts, stops)
 
 
 def combine_selected(
@@ -151,6 +170,9 @@ def combine_selected(
         return combine_rows(plan, rows[:count], own)
     outputs = same_dtype(rows[:count])
     others = [other.to(outputs[0].dtype) for other in rows[count:]]
+    if plan.traced:
+        parts = probs, index, plan.order, plan.inverse
+        return traced.put_selected([*outputs, *others], starts, count, *parts)
     return learning.CombineSelected.apply(
         plan, own, starts[count:], index, count, hidden, probs, *outputs, *others
     )
@@ -234,7 +256,9 @@ def gather_slots(
     stops: Sequence[int],
 ) -> list[Tensor]:
     """For each i: the rows of sources[index[i]] in the slots starts[i]..stops[i]; one call."""
-    return autograd.gather(plan, [*sources], index, [*starts], [*stops], None)
+    if type(plan) is RoutingPlan:
+        return autograd.gather(plan, [*sources], index, [*starts], [*stops], None)
+    return _take(plan, [*sources], index, [*starts], [*stops])
 
 
 def fuse_prefix(

@@ -23,8 +23,10 @@ class RoutingPlan:
         num_branches: B.
         num_rows: N, the number of samples.
         ranks: k, the number of entries per sample.
+        traced: whether it is part of a graph, in which counts are symbols.
     """
 
+    traced = False
     __slots__ = (
         "_check",
         "_counts",
@@ -95,6 +97,10 @@ class RoutingPlan:
         elif self._host is None and self._read is None:
             self._read = host_copy(self.header)
         return self
+
+    def verify(self) -> None:
+        """Raises what is at fault, as `host_header` does."""
+        self.host_header  # noqa: B018
 
     @property
     def is_read(self) -> bool:

@@ -8,11 +8,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import ops
 from ..ops.schemas import FAULTS
 from . import checks
+from .deferred import DeferredPlan, has_values
 from .plan import RoutingPlan, host_copy
+
+FAULTY = -2  # an entry that no branch and not "no branch" is
 
 
 def route(selection: Tensor, num_branches: int) -> RoutingPlan:
@@ -49,8 +53,14 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             # A value past int64 wraps to a negative one: out of range, but never "no branch".
             wide = selection.long()
             selection = torch.where(wide < 0, num_branches, wide)
+        if not has_values(selection):
+            return DeferredPlan(selection, num_branches)
+    elif is_dynamo_compiling():
+        return DeferredPlan(selection, num_branches)
     order, inverse, header = ops.serving().route(selection, num_branches)
     if not selection.is_cpu:
+        if selection.is_meta:
+            return DeferredPlan(selection, num_branches)
         plan = RoutingPlan(order, inverse, header, num_branches)
         return plan.prefetch(partial(checks.check_choice, given))
     plan = RoutingPlan(order, inverse, header, num_branches, header.tolist())
@@ -69,12 +79,17 @@ def route_argmax(logits: Tensor) -> tuple[Tensor, RoutingPlan]:
         choice int64 [N], and the plan. Rows whose softmax is undefined (a nan, or no finite
         maximum) count as `plan.faults` and choose -1.
     """
+    if not has_values(logits):
+        choice = choose(logits)
+        return choice, DeferredPlan(torch.where(choice < 0, FAULTY, choice), logits.shape[1])
     choice, order, inverse, header = ops.serving().route_argmax(logits)
     return choice, RoutingPlan(order, inverse, header, logits.shape[1])
 
 
 def choose(logits: Tensor) -> Tensor:
     """int64 [N]: what `route_argmax` chooses, without a plan; -1 in an undefined row."""
+    if not has_values(logits):
+        return torch.where(logits.amax(1).isfinite(), logits.argmax(1), -1)
     return ops.serving().route_argmax(logits)[0]
 
 
@@ -84,7 +99,9 @@ def route_unless(selection: Tensor, undefined: Tensor, num_branches: int) -> Rou
     The faults are left to `checks.check_faults`.
     """
     checks.check_entries(selection.numel())
-    selection = torch.where(undefined.unsqueeze(1), -2, selection)
+    selection = torch.where(undefined.unsqueeze(1), FAULTY, selection)
+    if not has_values(selection):
+        return DeferredPlan(selection, num_branches)
     order, inverse, header = ops.kernels().route(selection, num_branches)
     return RoutingPlan(order, inverse, header, num_branches)
 
@@ -94,6 +111,8 @@ def route_counted(selection: Tensor, counts: Sequence[int]) -> RoutingPlan:
 
     Every sample must have a branch.
     """
+    if not has_values(selection):
+        return DeferredPlan(selection, len(counts))
     order, inverse, header = ops.serving().route(selection, len(counts))
     return RoutingPlan(order, inverse, header, len(counts), _header(counts))
 
@@ -110,6 +129,8 @@ def route_complement(plan: RoutingPlan, selected: Tensor) -> RoutingPlan:
     Raises:
         ValueError: too many entries; the slots of both plans together are int32.
     """
+    if not has_values(selected):
+        return DeferredPlan(~selected, plan.num_branches)
     checks.check_entries(selected.numel() + plan.order.shape[0])
     order, inverse, header = ops.kernels().route(~selected, plan.num_branches)
     starts = [b * plan.num_rows - start for b, start in enumerate(plan.starts)]
@@ -129,7 +150,10 @@ def route_descending(
     Returns:
         A plan whose branch i is the level num_levels - 1 - i.
     """
-    order, inverse, header = ops.kernels().route(num_levels - 1 - level, num_levels)
+    branch = num_levels - 1 - level
+    if not has_values(level):
+        return DeferredPlan(branch, num_levels)
+    order, inverse, header = ops.kernels().route(branch, num_levels)
     known = None if counts is None else _header(counts[::-1])
     return RoutingPlan(order, inverse, header, num_levels, known)
 
@@ -146,6 +170,8 @@ def at_least(plan: RoutingPlan, level: int) -> int:
 
 def check_levels(plan: RoutingPlan, level: Tensor, name: str) -> None:
     """Raises ValueError for the first of the `level`s, called `name`, that is out of range."""
+    if isinstance(plan, DeferredPlan):
+        return
     faults, _ = plan.faults
     if faults or plan.starts[-1] != plan.num_rows:  # a level too high looks like "no branch"
         top = plan.num_branches - 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -94,7 +95,17 @@ def flatten_as(spec: Spec, tree: Any) -> list[Any] | None:
         ordered = spec.flatten_up_to(tree)
     except ValueError:
         return None
-    return ordered if {id(leaf) for leaf in ordered} == {id(leaf) for leaf in leaves} else None
+    key = identity()
+    return ordered if {*map(key, ordered)} == {*map(key, leaves)} else None
+
+
+def identity() -> Callable[[Any], Any]:
+    """Gives keys for objects; in a traced graph not their addresses, which change by the call."""
+    return _itself if is_dynamo_compiling() else id
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Tensor) else id(leaf)
 
 
 def tensors_in(leaves: list[Any]) -> list[Tensor]:

@@ -60,7 +60,8 @@ class Arguments:
         """The arguments for the whole batch: the caller's own tensors, unless they are `copied`."""
         if self.plain and not copied:
             return self.selected
-        copies: dict[int, Tensor] = {}
+        copies: dict[Any, Tensor] = {}
+        key_of = tree.identity()
         rows = []
         for i in self.rows:
             leaf = self.leaves[i]
@@ -72,7 +73,7 @@ class Arguments:
                     )
                 leaf = self.fetch(leaf, torch.arange(num_rows), copied)
             elif copied:
-                key = id(leaf)
+                key = key_of(leaf)
                 if key not in copies:
                     copies[key] = leaf.clone()
                 leaf = copies[key]
@@ -135,15 +136,16 @@ def gather_arguments(
         return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     sources: list[Tensor] = []
-    index_of: dict[int, int] = {}
+    index_of: dict[Any, int] = {}
     index: list[int] = []
     owner: list[int] = []
-    moved: dict[int, dict[int, int]] = {}  # of each branch's rows: where a tensor's are
+    moved: dict[int, dict[Any, int]] = {}  # of each branch's rows: where a tensor's are
     places = []
+    key_of = tree.identity()
     for branch, own in zip(branches, arguments, strict=True):
         place_of = moved.setdefault(branch, {})
         for tensor in own.tensors():
-            key = id(tensor)
+            key = key_of(tensor)
             if key not in place_of:
                 place_of[key] = len(index)
                 index.append(index_of.setdefault(key, len(sources)))
@@ -163,11 +165,12 @@ def _rows_of(
     plan: RoutingPlan,
     branch: int,
     gathered: Sequence[Tensor],
-    place_of: dict[int, int],
+    place_of: dict[Any, int],
     copied: bool,
 ) -> list[Tensor]:
     """The branch's per-sample leaves: gathered already, or fetched now."""
     indices = None
+    key_of = tree.identity()
     rows = []
     for i in own.rows:
         leaf = own.leaves[i]
@@ -175,5 +178,5 @@ def _rows_of(
             indices = plan.rows(branch).cpu() if indices is None else indices
             rows.append(own.fetch(leaf, indices.clone(), copied))
         else:
-            rows.append(gathered[place_of[id(leaf)]])
+            rows.append(gathered[place_of[key_of(leaf)]])
     return rows

@@ -112,8 +112,9 @@ def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Rule = TOP_O
 
 def _equal_weights(like: Tensor, column: Sequence[Any]) -> Tensor:
     """[N, B], 1 / B each, as precise as the outputs are."""
-    dtypes = [leaf.dtype.to_real() for leaf in column if carries_gradient(leaf)]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    dtypes = [leaf.dtype for leaf in column if carries_gradient(leaf)]
+    wide = torch.float64 in dtypes or torch.complex128 in dtypes
+    dtype = torch.float64 if wide else torch.float32
     return like.new_full(like.shape, 1 / like.shape[1], dtype=dtype)
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import checks, energy_fuse, movement, sorting
+from ..functional.filled import LEAST, fill
 from ..functional.plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch, Branches, as_branch, forward_only, part
 from .routed.execution import run_rows
+from .tracing import EXPORT, refuse_jit
 
 Weighting = str | Callable[[list[Tensor]], Tensor]
 
@@ -90,6 +92,12 @@ class EnergyFusion(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weights={self.weights!r}, scale={self.scale}"
+
+    def _slow_forward(self, *inputs: Any, **options: Any) -> Any:
+        """What torch.jit.trace calls in place of `forward`."""
+        if options.get("present") is not None:
+            refuse_jit(self, EXPORT)
+        return super()._slow_forward(*inputs, **options)
 
     def forward(
         self,
@@ -222,6 +230,8 @@ def _encode(
     size: int,
 ) -> list[Tensor]:
     """The logits [N, C] of every encoder; zeros for the samples without its modality."""
+    if plan is not None and plan.traced:  # every encoder is called
+        (plan,) = fill([plan], LEAST)
     counts = [size if one else 0 for one in given] if plan is None else plan.counts
     ran = [m for m, one in enumerate(given) if one and (counts[m] or not size)]
     if not ran:  # nobody has anything, and somebody must say how many classes there are
@@ -239,7 +249,7 @@ def _encode(
     for m, encoder in enumerate(encoders):
         if m not in rows:
             logits.append(_zeros(own[0], size, encoder, batch))
-        elif plan is None or counts[m] == size:
+        elif plan is None or (not plan.traced and counts[m] == size):
             logits.append(rows[m])
         else:
             logits.append(movement.combine_rows(plan, [rows[m]], [plan.starts[m]]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 
 def unaliased(output: Any, held: Iterable[Tensor]) -> Any:
@@ -15,11 +16,16 @@ def unaliased(output: Any, held: Iterable[Tensor]) -> Any:
 
 
 def shares(tensor: Tensor, held: Iterable[Tensor]) -> bool:
-    """Whether it lies in the memory of one of the tensors `held`."""
-    memory = tensor.untyped_storage().data_ptr()
-    for other in held:
-        if other.untyped_storage().data_ptr() == memory:
-            return True
+    """Whether it lies in the memory of one of the tensors `held`; without memory it may."""
+    if is_dynamo_compiling():
+        return True
+    try:
+        memory = tensor.untyped_storage().data_ptr()
+        for other in held:
+            if other.untyped_storage().data_ptr() == memory:
+                return True
+    except RuntimeError:  # fake tensors have no memory
+        return True
     return False
 
 
@@ -35,9 +41,11 @@ def apart(output: Any, held: Iterable[Tensor]) -> Any:
     branch), into a table of the module (a parameter, a buffer, a view of one), or into what the
     module keeps for its backward pass.
     """
-    if isinstance(output, Tensor) and (output.requires_grad or output._is_view()):
+    if not isinstance(output, Tensor):
+        return output
+    if is_dynamo_compiling() or output.requires_grad or output._is_view() or shares(output, held):
         return output.clone()
-    return unaliased(output, held)
+    return output
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

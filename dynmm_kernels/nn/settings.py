@@ -6,11 +6,12 @@ import warnings
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import autograd
+from ..functional.deferred import has_values
 from .branch import in_place_of
+from .tracing import MASKED, refuse_jit
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "execution": ("auto", "dense", "masked", "routed"),
@@ -19,6 +20,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "batch_norm": ("masked", "subset"),
     "gates_read": ("cells", "stages"),
     "gate_returns": ("logits", "probabilities", "weights"),
+    "starved": ("skip", "run"),
 }
 
 
@@ -73,7 +75,7 @@ class Settings(nn.Module):
     def learns(self, logits: Tensor) -> bool:
         """Whether the gate that gave these logits gets a gradient."""
         learns = self.gate_grad != "none" and autograd.is_followed(logits)
-        if learns and not torch.compiler.is_compiling() and self not in _looked_at:
+        if learns and has_values(logits) and self not in _looked_at:
             self._look_at(logits.detach())
         return learns
 
@@ -92,6 +94,12 @@ class Settings(nn.Module):
                 "of the gate is wrong",
                 stacklevel=4,
             )
+
+    def _slow_forward(self, *inputs: Any, **options: Any) -> Any:
+        """What torch.jit.trace calls in place of `forward`."""
+        if self.execution in ("auto", "routed"):
+            refuse_jit(self, MASKED)
+        return super()._slow_forward(*inputs, **options)
 
     def extra_repr(self) -> str:
         return f"execution={self.execution!r}, gate_grad={self.gate_grad!r}"

@@ -2,10 +2,11 @@
 
 from . import backends, schemas
 from .backends import BACKENDS, backend, compiled, compiled_cuda, kernels, serving, using, why_not
-from .checks import weight_dtype
+from .checks import are_known, weight_dtype
 
 __all__ = [
     "BACKENDS",
+    "are_known",
     "backend",
     "backends",
     "compiled",

@@ -72,11 +72,13 @@ _has_triton = importlib.util.find_spec("triton") is not None
 if torch.version.cuda and compiled_cuda.reason and _has_triton:
     _log.info("CUDA tensors go to the Triton kernels: %s", compiled_cuda.reason)
     for _op, _call in _triton.items():
-        schemas.library.impl(_op, _call, "CUDA")
+        for _name in schemas.overloads_of(schemas.OPS[_op].schema):
+            schemas.library.impl(_name, _call, "CUDA")
 
-_overloads = {op: getattr(getattr(torch.ops, schemas.NAMESPACE), op).default for op in schemas.OPS}
-# Below the Python wrapper of each overload: the same dispatch, about a microsecond sooner.
-_dispatched = {op: getattr(call, "_op", call) for op, call in _overloads.items()}
+_packets = {op: getattr(getattr(torch.ops, schemas.NAMESPACE), op) for op in schemas.OPS}
+_overloads = {op: getattr(packet, packet.overloads()[-1]) for op, packet in _packets.items()}
+# Below the Python wrapper of each default: the same dispatch, about a microsecond sooner.
+_dispatched = {op: getattr(packet.default, "_op", packet) for op, packet in _packets.items()}
 
 
 def _guarded(

@@ -76,7 +76,7 @@ def gather_rows(
     for i, (source, start, stop) in enumerate(zip(sources, starts, stops, strict=True)):
         if source.ndim < 1:
             _refuse(op, f"source {i} must be [N, ...]; got {_told(source)}")
-        if not 0 <= start <= stop <= entries:
+        if are_known(start, stop, entries) and not 0 <= start <= stop <= entries:
             wanted = f"0 <= start <= stop <= {entries}, the entries of order"
             _refuse(op, f"wanted {wanted}; got {start} and {stop} for source {i}")
         if weights is not None:
@@ -262,11 +262,19 @@ def _slots(op: str, outputs: Sequence[Tensor], starts: Sequence[int], inverse: T
             _refuse(op, f"output {i} must be [n, ...]; got {_told(output)}")
         if output.dtype != first.dtype or output.shape[1:] != first.shape[1:]:
             _refuse(op, f"output {i} must be like output 0, {_told(first)}; got {_told(output)}")
-        if start < stop:
+        if are_known(start, stop) and start < stop:
             _refuse(op, f"output {i} must start at slot {stop} or behind; got {start}")
         stop = start + output.shape[0]
-        if stop > MAX_SLOTS:
+        if are_known(stop) and stop > MAX_SLOTS:
             _refuse(op, f"output {i} must end at slot {MAX_SLOTS} or before; got {stop}")
+
+
+def are_known(*numbers: int) -> bool:
+    """Whether none is a symbol, that a graph in the making stands for what it is not told yet."""
+    for number in numbers:
+        if type(number) is not int:
+            return False
+    return True
 
 
 def _weights(op: str, name: str, values: Tensor, weights: Tensor, entries: int, index: str) -> None:

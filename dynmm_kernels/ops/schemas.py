@@ -42,18 +42,30 @@ library = torch.library.Library(NAMESPACE, "DEF")
 def op(
     schema: str, *, fake: Callable[..., Any], sums: bool = False
 ) -> Callable[[Function], Function]:
-    """The decorated function becomes the reference of an op; `fake` gives shapes without data."""
+    """The decorated function becomes the reference of an op; `fake` gives shapes without data.
+
+    An op that takes lists of integers has an overload `traced`, for which they may be symbols:
+    sizes that a graph gets to know when it runs. Such lists take longer to parse.
+    """
     name = sys.intern(schema.partition("(")[0])  # found as fast as a name that stands in code
 
     def define(reference: Function) -> Function:
-        library.define(schema)
-        library.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-        torch.library.register_vmap(f"{NAMESPACE}::{name}", _no_vmap(name), lib=library)
+        for overload, its_schema in overloads_of(schema).items():
+            library.define(its_schema)
+            library.impl(overload, reference, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
+            torch.library.register_vmap(f"{NAMESPACE}::{overload}", _no_vmap(name), lib=library)
         OPS[name] = Op(schema, reference, sums)
         return reference
 
     return define
+
+
+def overloads_of(schema: str) -> dict[str, str]:
+    """The schemas of an op by the names of its overloads, the traced one last."""
+    name = schema.partition("(")[0]
+    traced = schema.replace("int[]", "SymInt[]").replace("(", ".traced(", 1)
+    return {name: schema, f"{name}.traced": traced} if "int[]" in schema else {name: schema}
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:

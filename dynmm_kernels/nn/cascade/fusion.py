@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import sorting
+from ...functional.deferred import has_values
 from ..arguments import Arguments
 from ..branch import Branches, as_branch, part
 from ..decision import Decision, forced
 from ..rules import TOP_ONE
+from ..tracing import MASKED, refuse_jit, refuse_routed
 from .calibration import Calibration, calibrate
 from .exits import Cascade, Routed, all_exits, all_scores, run_everywhere
 from .fuses import as_fuse
@@ -116,7 +118,7 @@ class CascadeFusion(nn.Module):
         batch = Arguments(inputs, "CascadeFusion inputs")
         cascade = self._cascade()
         decision = None if exit is None else _obey(exit, len(cascade.stages), batch)
-        if self.training or self.execution == "masked":
+        if self.training or self._runs_everywhere(batch):
             outcome = run_everywhere(cascade, batch, decision, self.training)
         else:
             outcome = Routed(cascade, batch, decision).run()
@@ -129,6 +131,19 @@ class CascadeFusion(nn.Module):
             costs=self.costs(),
             exits=outcome.exits,
         )
+
+    def _runs_everywhere(self, batch: Arguments) -> bool:
+        if self.execution == "masked" or all(map(has_values, batch.tensors())):
+            return self.execution == "masked"
+        if self.execution == "routed":
+            refuse_routed(self)
+        return True
+
+    def _slow_forward(self, *inputs: Any, **options: Any) -> Any:
+        """What torch.jit.trace calls in place of `forward`."""
+        if not (self.training or self.execution == "masked"):
+            refuse_jit(self, MASKED)
+        return super()._slow_forward(*inputs, **options)
 
     def _cascade(self) -> Cascade:
         stages = part(self, "stages").all()

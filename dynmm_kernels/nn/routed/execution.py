@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import checks, movement, sorting, tree
+from ...functional.filled import FilledPlan
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments, gather_arguments
 from ..branch import Branch, forward_only
@@ -60,6 +61,7 @@ class Routed:
 
     plan: RoutingPlan
     selected: Tensor
+    steady = False  # whether all branches are called, on rows that were gathered
 
     def __init__(
         self,
@@ -155,7 +157,7 @@ class Routed:
         else:
             labels = [self.branches[b].label for b in own]
             columns, spec = checks.check_outputs(outputs, rows, labels, device)
-        if rows == [plan.num_rows] and weights is None and plan.ranks == 1:
+        if not self.steady and rows == [plan.num_rows] and weights is None and plan.ranks == 1:
             held = [*self.batch.held(), *self.branches[own[0]].buffers_held()]
             return [apart(column[0], held) for column in columns], spec
         header = plan.host_header
@@ -227,7 +229,8 @@ def run_rows(
     `whole`: outputs for the whole batch that are there already.
     """
     size, counts = plan.num_rows, plan.counts
-    alone = [b for b in wanted if b not in whole and counts[b] < size]
+    everyone = -1 if isinstance(plan, FilledPlan) else size
+    alone = [b for b in wanted if b not in whole and counts[b] != everyone]
     arguments: list[tuple[Any, ...]] = []
     own: list[Arguments] = []
     if alone:
@@ -240,7 +243,7 @@ def run_rows(
     for b in wanted:
         if b in whole:
             outputs.append(_rows_of(plan, b, whole[b]))
-        elif counts[b] == size:
+        elif counts[b] == everyone:
             outputs.append(branches[b].call_whole(batch, size))
         else:
             rows = own.pop().rows_at_hand()

@@ -135,7 +135,7 @@ def _num_rows(inputs: tuple[Any, ...]) -> int:
     """N, or 0 unless all inputs are plain tensors of N samples on one device."""
     num_rows, device = 0, None
     for tensor in inputs:
-        if type(tensor) is not Tensor or tensor.is_sparse or not tensor.ndim:
+        if type(tensor) is not Tensor or tensor.is_sparse or tensor.is_meta or not tensor.ndim:
             return 0
         size = tensor.shape[0]
         if device is not None and (size != num_rows or tensor.device != device):

@@ -51,8 +51,12 @@ class RoutedFusion(Adaptive):
             sigmoid); the temperature is not used. "weights": zeros and ones with a gradient of
             their own, such as hard Gumbel-softmax; a one for each branch that a sample takes, and
             with `select` other than 1 any number of them, summed unweighted.
+        starved: what a branch does that has no samples. "skip": it is not called. "run": every
+            branch is called in every call, and as often, on copies of a sample where it has fewer
+            than two; so that processes that share its weights (FSDP, tensor parallel) stay in
+            step. What becomes of the copies is not used, and sends no gradient.
 
-    All seven may be changed between calls; parameters and state_dict are the same in every mode.
+    All eight may be changed between calls; parameters and state_dict are the same in every mode.
 
     Example:
         >>> branches = {"cheap": nn.Linear(8, 3), "costly": nn.Linear(8, 3)}
@@ -77,6 +81,7 @@ class RoutedFusion(Adaptive):
         select: int | str = 1,
         batch_norm: str = "masked",
         gate_returns: str = "logits",
+        starved: str = "skip",
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm, gate_returns)
         if not isinstance(branches, Iterable):
@@ -97,6 +102,7 @@ class RoutedFusion(Adaptive):
         if len(set(names)) < len(names):
             raise ValueError(f"RoutedFusion: branch names must differ; got {names}")
         self.select = select
+        self.starved = starved
 
     def forward(
         self,
@@ -132,7 +138,7 @@ class RoutedFusion(Adaptive):
             decision = self._decide(batch, len(branches), return_routing, generator)
         else:
             decision = _obey(choice, batch, len(branches), generator)
-        output, rows_run = ways.run(self, branches, batch, decision)
+        output, rows_run = ways.run(self, branches, batch, decision, self.starved == "run")
         if not return_routing:
             return output
         return output, Routing(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ...functional import tree
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
@@ -15,18 +16,27 @@ from ..decision import Decision
 from .execution import Result, Routed, run_everywhere
 from .flat import ALONE, run_flat
 from .selecting import run_selecting
+from .steady import Steady
 
 
 def run(
-    fusion: Adaptive, branches: Sequence[Branch], batch: Arguments, decision: Decision
+    fusion: Adaptive,
+    branches: Sequence[Branch],
+    batch: Arguments,
+    decision: Decision,
+    every: bool = False,
 ) -> Result:
-    """The output, and the rows that each branch processed."""
+    """The output, and the rows that each branch processed; `every`: starved branches run, too."""
     plan = decision.plan
-    if plan is None or fusion.execution == "masked":
+    nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
+    if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):
         result = run_everywhere(branches, batch, decision)
         if plan is not None:
-            plan.host_header  # noqa: B018 (what is at fault is raised)
+            plan.verify()
         return result
+    subset_norm = fusion.batch_norm == "subset"
+    if plan.traced or every:
+        return Steady(branches, batch, decision, subset_norm).run()
     if not plan.is_read:  # meanwhile, what needs no counts
         for branch in branches:
             branch.arguments(batch)
@@ -35,7 +45,7 @@ def run(
         return run_everywhere(branches, batch, decision)
 
     def routed() -> Result:
-        return Routed(branches, batch, decision, fusion.batch_norm == "subset").run()
+        return Routed(branches, batch, decision, subset_norm).run()
 
     if fusion.execution != "auto":
         return routed()
@@ -89,11 +99,13 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["execution"] not in ("auto", "routed")
         or state["noise"] == "gumbel_always"
         or state["gate_returns"] != "logits"
+        or state["starved"] != "skip"
+        or is_dynamo_compiling()
     ):
         return None
     modules, chooser = state["_modules"], state["chooser"]
     branches = [*modules["branches"]._modules.values()]
     captured = state.get("captured") is not None
-    if captured or state["execution"] == "routed" or torch.compiler.is_compiling():
+    if captured or state["execution"] == "routed":
         chooser = None
     return run_flat(modules["gate"], branches, inputs, chooser)

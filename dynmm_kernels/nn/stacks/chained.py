@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import autograd, checks, sorting
+from ...functional.deferred import has_values
 from ..branch import Branch, forward_only, part
 from ..decision import Decision, drawn, upload
 from ..gates import Gates
 from ..rules import TOP_ONE, Rule, one_hot, straight_through
+from ..tracing import refuse_routed
+from .current import Pass
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
-from .stack import Pass, StackFusion, hide_unselected
+from .stack import StackFusion
 from .stage import Cell
+from .weights import hide_unselected, padded, skip_or_fuse
 
 
 @dataclass
@@ -157,7 +161,7 @@ class ChainedFusion(StackFusion):
 
     def _pair(self, weights: Tensor, k: int) -> Tensor:
         fused = self.rules[k - 1] == "fuse_all"
-        return _skip_or_fuse(torch.ones_like(weights[:, 0])) if fused else super()._pair(weights, k)
+        return skip_or_fuse(torch.ones_like(weights[:, 0])) if fused else super()._pair(weights, k)
 
     def _obey(self, current: Pass, depth: Any) -> None:
         if not (self.independent and isinstance(depth, str) and depth == "random"):
@@ -170,7 +174,7 @@ class ChainedFusion(StackFusion):
             toss.to(kept.keep.dtype) if rule == "dynamic" else kept.keep
             for toss, rule in zip(tossed.unbind(1), self.rules, strict=True)
         ]
-        self._run_everywhere(current, lambda k, *_: _skip_or_fuse(weights[k - 1]))
+        self._run_everywhere(current, lambda k, *_: skip_or_fuse(weights[k - 1]))
         if current.reports:
             kept.weights = [*weights]
             kept.depth = torch.stack(weights, 1).long().sum(1)
@@ -178,6 +182,13 @@ class ChainedFusion(StackFusion):
 
     def _run_gated(self, current: Pass) -> None:
         self._run_faster(current, (), lambda: self._run_chain(current), self._gates_couple())
+
+    def _runs_everywhere(self, current: Pass) -> bool:
+        if self.execution == "dense" or has_values(current.inputs[0]):
+            return super()._runs_everywhere(current)
+        if self.execution == "routed":
+            refuse_routed(self)
+        return True
 
     def _gates_couple(self) -> bool:
         gates = part(self, "gates")._modules.values()
@@ -237,7 +248,7 @@ class ChainedFusion(StackFusion):
             fused = self.rules[k - 1] == "fuse_all"
             weight = torch.ones_like(kept.keep) if fused else kept.keep
             kept.weights.append(weight)
-            pair = _skip_or_fuse(weight)
+            pair = skip_or_fuse(weight)
             return hide_unselected(pair) if selected else pair
 
         prefix = self._run_everywhere(current, weigh, soft, last)
@@ -265,11 +276,11 @@ class ChainedFusion(StackFusion):
             gate = self._gate(k)
             if k > last + 1 or not last:
                 asked = prefix.active + prefix.following
-                keep = None if keep is None else _padded(keep[:asked], size)
+                keep = None if keep is None else padded(keep[:asked], size)
                 if gate is not None:
                     current.gate_cost += (gate.cost or 0.0) * asked / size
                     keep = self._drop(current, prefix, gate, keep)
-            prefix.step(cell, None if keep is None else _skip_or_fuse(keep), exact)
+            prefix.step(cell, None if keep is None else skip_or_fuse(keep), exact)
             if k in current.wanted:
                 current.outputs[k] = prefix.read()
             if current.reports:
@@ -305,7 +316,7 @@ class ChainedFusion(StackFusion):
             own = choice.to(decided.dtype if keep is None else keep.dtype)
             if learns:
                 own = torch.cat([self._kept(rule, choice[:active], logits), own[active:]])
-            keep = _padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
+            keep = padded(own if keep is None else keep[:seen] * own, prefix.main.shape[0])
         follow = learns and self.gate_grad == "straight_through"
         level = torch.where(choice < 0, -1, choice + FOLLOWS) if follow else choice * FUSES
         if active < seen:  # those that follow already never fuse again
@@ -336,13 +347,3 @@ class ChainedFusion(StackFusion):
             for k, weight in enumerate(kept.weights, start=1)
         ]
         current.keep = torch.cat([column.unsqueeze(1) for column in columns], 1)
-
-
-def _skip_or_fuse(keep: Tensor) -> Tensor:
-    """[N, 2], of skipping and of fusing."""
-    return torch.stack([1 - keep, keep], 1)
-
-
-def _padded(keep: Tensor, size: int) -> Tensor:
-    """Zeros for the samples that are through."""
-    return keep if len(keep) == size else torch.cat([keep, keep.new_zeros(size - len(keep))])

@@ -10,7 +10,8 @@ from torch import nn
 from ...functional import checks, sorting
 from ..branch import as_branch, part
 from ..decision import Decision
-from .stack import Pass, StackFusion
+from .current import Pass
+from .stack import StackFusion
 
 
 class NestedFusion(StackFusion):

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...functional import movement, selecting, sorting
+from ...functional.plan import RoutingPlan
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
-from ..routing import DepthRouting
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
+from .current import Pass
 from .prefix import Prefix
 from .stage import Cell, make_stages
-
-
-@dataclass
-class Pass:
-    """One forward pass: what goes in, and what it leaves."""
-
-    inputs: tuple[Tensor, Tensor]
-    cells: list[Cell]
-    wanted: set[int]  # stages whose output is read
-    reports: bool  # whether a Routing is wanted
-    generator: torch.Generator | None
-    outputs: dict[int, Tensor] = field(default_factory=dict)  # by stage, in sample order
-    rows_run: list[int] = field(default_factory=list)
-    decision: Decision = Decision(TOP_ONE)  # noqa: RUF009 (cannot be changed)
-    keep: Tensor | None = None
-    gate_cost: float = 0.0
-    masked: bool = False  # by the choice of auto: what was not chosen is left out, not multiplied
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return self.inputs[0].shape[0]
-
-    def routing(self) -> DepthRouting:
-        """The decision and what it cost."""
-        costs = None
-        if all(cell.aux.cost is not None for cell in self.cells if cell.reads):
-            costs = [sum(cell.main.cost or 0.0 for cell in self.cells)]
-            for cell in self.cells:
-                aux = (cell.aux.cost or 0.0) if cell.reads else 0.0
-                costs.append(costs[-1] + aux + ((cell.fusion.cost or 0.0) if cell.fuses else 0.0))
-        return DepthRouting(
-            self.decision,
-            num_rows=self.num_rows,
-            rows_run=tuple(self.rows_run),
-            costs=None if costs is None else tuple(costs),
-            gate_cost=self.gate_cost,
-            keep=self.keep,
-        )
+from .steady import SteadyPrefix
+from .weights import hide_unselected, skip_and_fuse
 
 
 class StackFusion(Adaptive):
@@ -162,7 +125,8 @@ class StackFusion(Adaptive):
     def _run_to_depth(self, current: Pass) -> None:
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
         plan = current.decision.plan
-        counts = plan.counts if plan is not None and self.execution == "auto" else ()
+        known = plan is not None and not plan.traced and self.execution == "auto"
+        counts = plan.counts if known else ()  # type: ignore[union-attr]
         self._run_faster(current, counts, lambda: self._run_decided(current))
 
     def _run_faster(
@@ -214,6 +178,9 @@ class StackFusion(Adaptive):
                 plan.host_header  # noqa: B018 (what is at fault is raised)
                 return
         probs = decision.probs if learns else None
+        if plan.traced:
+            self._run_steady(current, plan, probs, exact)
+            return
         if last < len(current.cells):
             probs = prefix.sort_by_depth(plan, last + 1, exact, probs)
         for k, cell in enumerate(current.cells[last:], start=last + 1):
@@ -221,6 +188,18 @@ class StackFusion(Adaptive):
             prefix.step(cell, None if probs is None else self._pair(probs, k), exact)
             if k in current.wanted:
                 current.outputs[k] = prefix.read()
+        current.rows_run = prefix.rows_run
+
+    def _run_steady(
+        self, current: Pass, plan: RoutingPlan, probs: Tensor | None, exact: bool
+    ) -> None:
+        """As `_run_decided`, where a graph is traced that is to serve all decisions."""
+        prefix = SteadyPrefix(current.inputs, plan, probs, exact)
+        for k, cell in enumerate(current.cells):
+            weights = None if prefix.probs is None else self._pair(prefix.probs, k + 1)
+            prefix.step(k, cell, weights)
+            if k + 1 in current.wanted:
+                current.outputs[k + 1] = prefix.read()
         current.rows_run = prefix.rows_run
 
     def _run_everywhere(
@@ -337,13 +316,3 @@ class StackFusion(Adaptive):
             raise ValueError(
                 f"{label}: main and aux must be on one device; got {main.device} and {aux.device}"
             )
-
-
-def skip_and_fuse(weights: Tensor, k: int) -> Tensor:
-    """[N, 2]: out of the weights [N, 1 + L] of all depths, those of the ones before k and after."""
-    return torch.stack([weights[:, :k].sum(1), weights[:, k:].sum(1)], 1)
-
-
-def hide_unselected(pair: Tensor) -> Tensor:
-    """The same values; only the weights that are not zero keep their gradient."""
-    return torch.where(pair.detach() == 0, 0, pair)

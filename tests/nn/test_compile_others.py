@@ -1,0 +1,119 @@
+"""Stacks, cascades and energy fusion compiled as a whole: one graph for every decision."""
+
+import pytest
+import torch
+from compiling import (
+    GATE_GRADS,
+    Counted,
+    N,
+    assert_agree,
+    batches,
+    check,
+)
+from models import Function, backward, mlp
+from torch import nn
+
+from dynmm_kernels import (
+    CascadeFusion,
+    ChainedFusion,
+    EnergyFusion,
+    NestedFusion,
+)
+from dynmm_kernels.nn import Add, SEAdd
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Deepening(nn.Module):
+    """A gate for depths: its own logits, and what the first pixel asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Linear(2 * 36, 3).double()
+
+    def forward(self, main, aux):
+        real = self.own(torch.cat([main.flatten(1), aux.flatten(1)], 1))
+        wanted = main[:, 0, 0, 0].detach().round().clamp(0, 2)
+        return real + 50 * (torch.arange(3) == wanted.unsqueeze(1))
+
+
+def stack(join, **settings):
+    def stages():
+        layers = [nn.Conv2d(4, 4, 3, padding=1).double() for _ in range(2)]
+        return [layers[0], nn.Sequential(layers[1], nn.ReLU(inplace=True))]
+
+    joins = [join().double() for _ in range(2)]
+    return NestedFusion(Deepening(), stages(), stages(), joins, **settings)
+
+
+def depths(count):
+    """Batches that ask for mixed depths, some not at all."""
+    for step in range(count):
+        main, aux = (torch.randn(N, 4, 3, 3, dtype=torch.float64) for _ in range(2))
+        main[:, 0, 0, 0] = torch.randint(3, (N,)) if step % 2 else step // 2 % 3
+        yield main, aux
+
+
+@pytest.mark.parametrize("join", [Add, lambda: SEAdd(4, 2)], ids=["Add", "SEAdd"])
+@pytest.mark.parametrize("gate_grad", GATE_GRADS)
+def test_nested(gate_grad, join):
+    fusion = stack(join, gate_grad=gate_grad)
+    check(fusion, depths(8), call=lambda fuse, x: fuse(*x))
+
+
+def test_nested_eval_and_stages():
+    fusion = stack(Add).eval()
+    check(fusion, depths(20), call=lambda fuse, x: fuse(*x, stages=[1, 2]), backend="eager")
+
+
+def test_forced_depths():
+    fusion = stack(Add)
+    compiled = Counted(fusion, "eager")
+    for step, (main, aux) in enumerate(depths(8)):
+        depth = torch.randint(3, (N,)) if step % 2 else torch.full((N,), step // 2 % 3)
+        expected = fusion(main, aux, depth=depth)
+        torch.testing.assert_close(compiled(main, aux, depth=depth), expected)
+    assert compiled.graphs == 1
+
+
+def chain(**settings):
+    joins, gates = [Add(), Add()], [nn.Linear(6, 2).double() for _ in range(2)]
+    gates = [Function(lambda m, a, own=own: own(m)) for own in gates]
+    stages = [[nn.Linear(6, 6).double() for _ in range(2)] for _ in range(2)]
+    return ChainedFusion(gates, *stages, joins, **settings)
+
+
+def cascade(**settings):
+    return CascadeFusion([mlp() for _ in range(3)], threshold=0.5, **settings).eval()
+
+
+@pytest.mark.parametrize("execution", ["auto", "masked"])
+def test_chains_and_cascades_run_masked(execution):
+    own, other = chain(execution=execution), cascade(execution=execution)
+    compiled = Counted(own, "eager"), Counted(other, "eager")
+    for x in batches():
+        torch.testing.assert_close(compiled[0](x, x), own(x, x))
+        torch.testing.assert_close(compiled[1](x), other(x))
+    assert [one.graphs for one in compiled] == [1, 1]
+
+
+@pytest.mark.parametrize("made", [chain, cascade])
+def test_chains_and_cascades_do_not_route_in_a_graph(made):
+    fusion, x = made(execution="routed"), next(batches(1))
+    inputs = (x, x) if made is chain else (x,)
+    with pytest.raises(Exception, match="routed execution is not offered while a graph is traced"):
+        torch.compile(fusion, backend="eager", fullgraph=True)(*inputs)
+
+
+def test_energy():
+    fusion = EnergyFusion([mlp() for _ in range(3)])
+    compiled = Counted(fusion)
+    for step, x in enumerate(batches(9)):
+        present = torch.rand(N, 3) > 0.5
+        present[:, step % 3] &= step % 2 == 0
+        results = [
+            backward(lambda *own, f=f: f(*own, present=present), [fusion], (x, 2 * x, -x))  # noqa: B023
+            for f in (compiled, fusion)
+        ]
+        assert_agree(*results)
+    assert compiled.graphs == 1
