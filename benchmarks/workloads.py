@@ -33,7 +33,11 @@ class Expert(nn.Module):
         self.view = view
 
     def forward(self, x: Any) -> Tensor:
-        return self.module(x if self.view is None else self.view(x))
+        return self.module(self.read(x))
+
+    def read(self, x: Any) -> Any:
+        """What its module is given."""
+        return x if self.view is None else self.view(x)
 
 
 class PlannedGate(nn.Module):
