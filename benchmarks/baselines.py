@@ -63,7 +63,7 @@ def handwritten_loop(gate: nn.Module, experts: Experts, x: Any) -> Tensor:
         rows = (choice == b).nonzero().squeeze(1)
         if len(rows) == 0:
             continue
-        y = expert.module(take(expert.view(x), rows))
+        y = expert.module(take(expert.read(x), rows))
         if torch.is_grad_enabled():
             y = y * weights[rows, b].unsqueeze(1)
         if out is None:
@@ -94,7 +94,7 @@ class Bare:
             for b, expert in enumerate(experts.values()):
                 rows = ((choice == b) == chosen).nonzero().squeeze(1)
                 if len(rows):
-                    yield expert.module, take(expert.view(x), rows), rows
+                    yield expert.module, take(expert.read(x), rows), rows
 
         return cls(gate, x, list(calls(True)), list(calls(False)))
 

@@ -25,15 +25,19 @@ from benchmarks.nyud import MIXES, PATHS
 
 
 class Expert(nn.Module):
-    """A branch and the part of the input that it reads."""
+    """A branch and the part of the input that it reads; None: all of it."""
 
-    def __init__(self, module: nn.Module, view: Callable[[Any], Any] = lambda x: x):
+    def __init__(self, module: nn.Module, view: Callable[[Any], Any] | None = None):
         super().__init__()
         self.module = module
         self.view = view
 
     def forward(self, x: Any) -> Tensor:
-        return self.module(self.view(x))
+        return self.module(self.read(x))
+
+    def read(self, x: Any) -> Any:
+        """What its module is given."""
+        return x if self.view is None else self.view(x)
 
 
 class PlannedGate(nn.Module):

@@ -1,4 +1,4 @@
-"""Modules compiled as one graph against masked execution, and decisions of all kinds to feed them."""
+"""Modules compiled as one graph against masked execution, and decisions of all kinds."""
 
 import copy
 

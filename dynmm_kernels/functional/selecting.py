@@ -22,7 +22,7 @@ def select(
         out: where to write it.
     """
     total: Tensor | None = None
-    for column, output in zip(_columns(chosen, outputs[0]), outputs, strict=True):
+    for column, output in zip(columns(chosen, outputs[0]), outputs, strict=True):
         if total is None or not alone:
             own = torch.where(column, output, 0)
             total = own if total is None else total + own
@@ -56,9 +56,9 @@ def select_learning(
 
     `weights`: [N, B], zeros and ones with the gradient of a gate; B is 2 at least.
     """
-    columns = _columns(weights, outputs[0])
-    total = columns[0] * outputs[0]
-    for column, output in zip(columns[1:], outputs[1:], strict=True):
+    first, *others = columns(weights, outputs[0])
+    total = first * outputs[0]
+    for column, output in zip(others, outputs[1:], strict=True):
         total = total + column * output
     total = total.to(outputs[0].dtype)
     values = total.detach()
@@ -68,6 +68,6 @@ def select_learning(
     return total
 
 
-def _columns(weights: Tensor, output: Tensor) -> Sequence[Tensor]:
+def columns(weights: Tensor, output: Tensor) -> Sequence[Tensor]:
     """Of [N, B], to be broadcast over the rows of `output`."""
     return weights.view(*weights.shape, *[1] * (output.ndim - 1)).unbind(1)

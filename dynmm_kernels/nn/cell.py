@@ -61,6 +61,7 @@ class Cell:
 
     Attributes:
         way: what runs.
+        quiet: so many batches, less one, run that way unmeasured.
         times: of both ways. Masked execution takes the same time whatever was chosen, so cells of
             one size share those.
     """
@@ -68,12 +69,12 @@ class Cell:
     __slots__ = (
         "_looks",
         "_patience",
-        "_quiet",
         "_reference",
         "_saved",
         "_stride",
         "_tries",
         "_trying",
+        "quiet",
         "times",
         "way",
     )
@@ -83,21 +84,15 @@ class Cell:
         self.way = ROUTED
         self._saved = 0.0
         self._patience = 1
-        self._looks, self._stride, self._quiet = 0, 1, 1
+        self._looks, self._stride, self.quiet = 0, 1, 1
         self._trying = False
         self._tries = 0  # whose time is not known yet
         self._reference: float | None = None  # of the way, when the other was last measured
 
-    def rests(self) -> bool:
-        """Whether the next batch runs the same way and is not measured; then it is counted."""
-        if self._quiet < 2:
-            return False
-        self._quiet -= 1
-        return True
-
     def next(self) -> tuple[str, bool]:
         """How to run the batch that is there, and whether to measure it."""
-        if self.rests():
+        if self.quiet > 1:
+            self.quiet -= 1
             return self.way, False
         tried = self._trying
         if tried:  # its first call was there to warm up
@@ -105,7 +100,7 @@ class Cell:
             way = _OTHER[self.way]
         else:
             way = self._in_doubt() or self._best_or_try()
-        self._quiet = 1 if self._trying or self._in_doubt() else self._stride
+        self.quiet = 1 if self._trying or self._in_doubt() else self._stride
         if not self._trying:
             self.times[way].asked += 1
             self._tries += tried
@@ -126,10 +121,10 @@ class Cell:
             if won and times.typical is not None and times.typical > rival.typical:
                 times.recent, times.asked = (), 1
                 rival.doubt()
-                self._quiet = 1
+                self.quiet = 1
             self._patience = 1 if won else min(2 * self._patience, _PATIENCE)
         if times.typical is not None and not _near(seconds, times.typical):
-            self._quiet = 1  # by chance, or is the load another one?
+            self.quiet = 1  # by chance, or is the load another one?
         times.add(seconds, rows, counts)
 
     def _in_doubt(self) -> str | None:

@@ -106,8 +106,9 @@ class Chooser:
         """How to run such a batch as was seen before, unmeasured; None: `choose` must say."""
         asked = kind, rows, counts
         cell = self._calls.get(asked)
-        if cell is None or self.forced is not None or not cell.rests():
+        if cell is None or cell.quiet < 2 or self.forced is not None:
             return None
+        cell.quiet -= 1
         self.last = asked
         return cell.way
 

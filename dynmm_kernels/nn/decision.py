@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import movement
+from ..functional import movement, selecting
 from ..functional.movement import carries_gradient
 from ..functional.plan import RoutingPlan
-from .rules import TOP_ONE, UNIFORM, Rule, as_column
+from .rules import TOP_ONE, UNIFORM, Rule
 
 
 class Decision(NamedTuple):
@@ -103,9 +103,10 @@ def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Rule = TOP_O
                 "one branch be chosen: masked or routed execution, select=1"
             )
         return rule.merge(column, weights != 0)
-    total = as_column(weights[:, 0], first) * first
-    for b, output in enumerate(column[1:], start=1):
-        total = total + as_column(weights[:, b], output) * output
+    weight, *others = selecting.columns(weights, first)
+    total = weight * first
+    for weight, output in zip(others, column[1:], strict=True):
+        total = total + weight * output
     return total.to(movement.widest_dtype(column))
 
 

@@ -310,7 +310,9 @@ def tempered_softmax(logits: Tensor, temperature: float) -> Tensor:
     """softmax(logits / temperature) over columns; a small temperature overflows no fp16."""
     if logits.dtype == torch.float16:
         logits = logits - logits.detach().amax(1, keepdim=True)
-    return (logits / temperature).softmax(1)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.softmax(1)
 
 
 def as_column(column: Tensor, output: Tensor) -> Tensor:

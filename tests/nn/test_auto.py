@@ -171,11 +171,11 @@ def slow(seconds: float):
 
 def test_the_backward_pass_is_measured():
     fusion = RoutedFusion(choosing([0, 1], 2), [slow(0.01), nn.Identity()])
-    fusion = nn.Sequential(slow(0.05), fusion)  # what comes before the fusion is not its own
+    fusion = nn.Sequential(slow(0.3), fusion)  # what comes before the fusion is not its own
     for _ in range(8):
         fusion(batch(2).requires_grad_() * 1).sum().backward()
     estimates = fusion[1].explain(batch(2)).estimates
-    assert all(0.01 <= known.measured < 0.05 for known in estimates.values())
+    assert all(0.01 <= known.measured < 0.3 for known in estimates.values())
 
 
 def test_explain_says_why_there_was_no_choice():

@@ -30,7 +30,10 @@ from dynmm_kernels import (
     route,
 )
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated"),
+]
 
 
 @pytest.mark.parametrize(

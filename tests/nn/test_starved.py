@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from compiling import GATE_GRADS, assert_agree, batches, simple
-from models import FEATURES, backward
+from models import FEATURES, FixedGate, Function, backward
+from torch import nn
 
 from dynmm_kernels import RoutedFusion
 
@@ -59,3 +60,21 @@ def test_second_derivatives_are_exact():
 def test_another_value_is_refused():
     with pytest.raises(ValueError, match="starved must be one of 'skip', 'run'; got 'walk'"):
         simple(starved="walk")
+
+
+def test_an_infinite_slope_at_a_copied_sample_poisons_as_when_masked():
+    """Zero times infinity; eager routed execution does not call the branch."""
+
+    def slope(**settings):
+        root = nn.Sequential(nn.Linear(1, 1, bias=False), Function(torch.sqrt))
+        nn.init.ones_(root[0].weight)
+        other = nn.Linear(1, 1)
+        fusion = RoutedFusion(
+            FixedGate(torch.tensor([[0.0, 1.0]] * 4), False), [root, other], **settings
+        )
+        fusion(torch.zeros(4, 1)).sum().backward()
+        return root[0].weight.grad
+
+    assert slope(execution="masked").isnan().all()
+    assert slope(execution="routed", starved="run").isnan().all()
+    assert not slope(execution="routed").any()

@@ -141,7 +141,7 @@ class RoutedFusion(Adaptive):
             decision = self._decide(batch, len(branches), return_routing, generator)
         else:
             decision = _obey(choice, batch, len(branches), generator)
-        output, rows_run = ways.run(self, branches, batch, decision)
+        output, rows_run = ways.run(self, branches, batch, decision, self.starved == "run")
         if not return_routing:
             return output
         return output, Routing(

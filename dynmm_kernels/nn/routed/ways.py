@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from ...functional import tree
-from ..adaptive import FORWARD, NO_GATE, hindrance, run_faster
+from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
@@ -21,14 +21,15 @@ from .flat import ALONE, run_flat
 from .selecting import run_selecting
 from .steady import Steady
 
-if TYPE_CHECKING:
-    from .fusion import RoutedFusion
-
 
 def run(
-    fusion: RoutedFusion, branches: Sequence[Branch], batch: Arguments, decision: Decision
+    fusion: Adaptive,
+    branches: Sequence[Branch],
+    batch: Arguments,
+    decision: Decision,
+    every: bool = False,
 ) -> Result:
-    """The output, and the rows that each branch processed."""
+    """The output, and the rows that each branch processed; `every`: starved branches run, too."""
     plan = decision.plan
     nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
     if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):
@@ -39,7 +40,7 @@ def run(
     if nothing and torch._C._are_functorch_transforms_active():
         refuse_routed(fusion)
     subset_norm = fusion.batch_norm == "subset"
-    if plan.traced or fusion.starved == "run":
+    if plan.traced or every:
         return Steady(branches, batch, decision, subset_norm).run()
     if not plan.is_read:  # meanwhile, what needs no counts
         for branch in branches:
@@ -70,7 +71,7 @@ def run(
 
 
 def _settled(
-    fusion: RoutedFusion, branches: Sequence[Branch], batch: Arguments, decision: Decision
+    fusion: Adaptive, branches: Sequence[Branch], batch: Arguments, decision: Decision
 ) -> str | None:
     """Why the batch must be routed; None: it may also run masked."""
     plan = decision.plan

@@ -183,9 +183,8 @@ class ChainedFusion(StackFusion):
         self._run_faster(current, (), lambda: self._run_chain(current), self._gates_couple())
 
     def _runs_everywhere(self, current: Pass) -> bool:
-        everywhere = super()._runs_everywhere(current)
-        if everywhere or self.execution == "dense" or self._is_known(current):
-            return everywhere
+        if self.execution == "dense" or self._is_known(current):
+            return super()._runs_everywhere(current)
         if self.execution == "routed":
             refuse_routed(self)
         return True
