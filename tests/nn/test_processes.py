@@ -25,7 +25,7 @@ FEATURES = 6
 GATE_GRADS = ["straight_through", "selected"]
 # The branches that the gate chooses on each rank: starved on one, opposite, all.
 SPLITS = [[[0, 0, 0, 0], [0, 1, 1, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[1, 0, 1, 0], [0, 1, 0, 0]]]
-SECONDS = 300
+SECONDS = 120
 
 
 def mlp(hidden: int, outputs: int = 3) -> nn.Module:
