@@ -19,6 +19,7 @@ from compiling import (
 )
 from models import FEATURES, backward, mlp
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.utils.checkpoint import checkpoint
 
 from dynmm_kernels import (
@@ -50,6 +51,15 @@ def test_routed_eval():
     check(unlike().eval(), map(modalities, splits(40)))
 
 
+@pytest.fixture
+def cpp_compiler():
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        pytest.skip(f"Inductor needs a C++ compiler: {error}")
+
+
+@pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.parametrize("training", [False, True])
 def test_inductor(training):
     """Its default layout of convolutions is wrong for a number of rows it is not told."""
@@ -58,6 +68,7 @@ def test_inductor(training):
         check(fusion, map(modalities, splits(12)), 1e-7, backend="inductor")
 
 
+@pytest.mark.usefixtures("cpp_compiler")
 def test_convolutions_with_unknown_rows_still_need_the_switch():
     """A bug of torch: once this fails, the switch and its page can go."""
     torch.manual_seed(3)
