@@ -26,23 +26,27 @@ def samples() -> list[dict[str, Tensor]]:
     return made
 
 
+def perceptron(outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(CLASSES, 32), nn.ReLU(), nn.Linear(32, outputs))
+
+
 class Model(nn.Module):
     """What the Trainer calls: keyword arguments in, a dict with the loss out."""
 
     def __init__(self) -> None:
         super().__init__()
-        gate = nn.Sequential(nn.Linear(CLASSES, 32), nn.ReLU(), nn.Linear(32, 2))
         image = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, CLASSES))
         branches = {
-            "text": Branch(nn.Linear(CLASSES, CLASSES), inputs="text", cost=0),
+            "text": Branch(perceptron(CLASSES), inputs="text", cost=0),
             "image": Branch(image, inputs="image", cost=1),
         }
-        self.fusion = RoutedFusion(Branch(gate, inputs="text"), branches, noise="gumbel")
+        self.fusion = RoutedFusion(Branch(perceptron(2), inputs="text"), branches)
         self.usage = Usage()
+        self.choice: str | None = "random"  # the gate decides once the branches have learned
 
     def forward(self, text: Tensor, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
         inputs = {"text": text, "image": image}
-        logits, routing = self.fusion(inputs, return_routing=True)
+        logits, routing = self.fusion(inputs, choice=self.choice, return_routing=True)
         self.usage.add(routing)
         loss = nn.functional.cross_entropy(logits, labels) + 0.3 * resource_loss(routing)
         return {"loss": loss, "logits": logits}
@@ -53,20 +57,20 @@ class Report(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **rest) -> None:
         if "loss" in logs:
-            names = (branch.name for branch in model.fusion.branches)
-            shares = zip(names, model.usage.read().fractions, strict=True)
+            text, image = model.usage.read().fractions
             model.usage.reset()
-            ran = ", ".join(f"{name} {share:.0%}" for name, share in shares)
-            print(f"epoch {logs['epoch']:.0f}: loss {float(logs['loss']):.3f}; {ran}")
+            model.choice = None
+            loss = f"epoch {logs['epoch']:.0f}: loss {float(logs['loss']):.3f}"
+            print(f"{loss}; text {text:.0%}, image {image:.0%}")
 
 
 def main() -> None:
-    settings = {"per_device_train_batch_size": 64, "num_train_epochs": EPOCHS, "seed": 0}
-    quiet = {"logging_strategy": "epoch", "save_strategy": "no", "disable_tqdm": True}
+    settings = {"learning_rate": 2e-2, "lr_scheduler_type": "constant", "num_train_epochs": EPOCHS}
+    settings |= {"logging_strategy": "epoch", "save_strategy": "no", "disable_tqdm": True}
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, learning_rate=1e-2, use_cpu=True, **settings, **quiet)
-        trainer = Trainer(Model(), arguments, train_dataset=samples(), callbacks=[Report])
+        args = TrainingArguments(folder, per_device_train_batch_size=64, use_cpu=True, **settings)
+        trainer = Trainer(Model(), args, train_dataset=samples(), callbacks=[Report])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dynmm_kernels import Branch, RoutedFusion, branch_costs, resource_loss
 from dynmm_kernels.nn import exponential_temperature
 
-CLASSES, EPOCHS, BATCH = 4, 12, 64
+CLASSES, EPOCHS, BATCH = 4, 8, 64
 
 
 def samples(patterns: Tensor, count: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -21,12 +21,16 @@ def samples(patterns: Tensor, count: int) -> tuple[dict[str, Tensor], Tensor]:
     return {"text": text + 0.3 * torch.randn_like(text), "image": image}, targets
 
 
+def perceptron(outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(CLASSES, 32), nn.ReLU(), nn.Linear(32, outputs))
+
+
 class Both(nn.Module):
     """Late fusion: the logits of both modalities, summed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.text = nn.Linear(CLASSES, CLASSES)
+        self.text = perceptron(CLASSES)
         convolutions = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten()]
         self.image = nn.Sequential(*convolutions, nn.Linear(256, CLASSES))
 
@@ -36,14 +40,12 @@ class Both(nn.Module):
 
 def model(inputs: dict[str, Tensor]) -> RoutedFusion:
     """Two whole networks as branches, with their cost per sample; the gate reads the text."""
-    few = {name: part[:1] for name, part in inputs.items()}
-    gate = nn.Sequential(nn.Linear(CLASSES, 32), nn.ReLU(), nn.Linear(32, 2))
-    text, both = nn.Linear(CLASSES, CLASSES), Both()
+    text, both = perceptron(CLASSES), Both()
     branches = {
-        "text": Branch(text, ["text"], cost=branch_costs(text, few["text"])),
-        "both": Branch(both, ["text", "image"], cost=branch_costs(both, tuple(few.values()))),
+        "text": Branch(text, ["text"], cost=branch_costs(text, inputs["text"])),
+        "both": Branch(both, ["text", "image"], cost=branch_costs(both, tuple(inputs.values()))),
     }
-    return RoutedFusion(Branch(gate, ["text"]), branches)
+    return RoutedFusion(Branch(perceptron(2), ["text"]), branches)
 
 
 def main() -> None:
@@ -51,12 +53,13 @@ def main() -> None:
     patterns = torch.randn(CLASSES, 3, 6, 6)
     inputs, targets = samples(patterns, 768)
     fusion = model(inputs)
-    optimizer = torch.optim.Adam(fusion.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(fusion.parameters(), lr=2e-2)
     for epoch in range(EPOCHS):
         fusion.temperature = exponential_temperature(epoch, EPOCHS, end=0.1)
         for rows in torch.randperm(len(targets)).split(BATCH):
             batch = {name: part[rows] for name, part in inputs.items()}
-            logits, routing = fusion(batch, return_routing=True)
+            choice = "random" if epoch == 0 else None  # Stage I: branches first, then the gate
+            logits, routing = fusion(batch, choice=choice, return_routing=True)
             price = resource_loss(routing, costs=[0, 0.3])
             optimizer.zero_grad()
             (nn.functional.cross_entropy(logits, targets[rows]) + price).backward()
