@@ -52,6 +52,8 @@ class Chain(StackFusion):
             gate = self._gate(k)
             if gate is not None:
                 keep = self._drop_in_step(current, prefix, gate, keep, exact)
+            elif keep is not None and not exact:  # who was dropped learns nothing from later cells
+                keep = torch.where(prefix.fuses(), keep, 0)
             prefix.step(cell, None if keep is None else skip_or_fuse(keep))
             if k in current.wanted:
                 current.outputs[k] = prefix.read()

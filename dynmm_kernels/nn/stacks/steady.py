@@ -121,7 +121,8 @@ class SteadyPrefix:
 
     def _rows(self) -> Tensor:
         """int32 [N]: where the sample of each slot is in `aux` and `rest`; 0 where it is not."""
-        slot, other = self._slots(), 0
+        slot = self._slots()
+        other: Tensor | int = 0
         if self.rest is not None:
             other = slot + (self.size + self.behind - self.main.shape[0])
         return torch.where(self.fuses(), slot, other)
