@@ -67,15 +67,6 @@ def test_convolutions_with_unknown_rows_still_need_the_switch():
         compiled(modalities(next(splits(1))))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_channels_last(training):
-    def laid_out(steer):
-        x = modalities(steer)
-        return {**x, "image": x["image"].to(memory_format=torch.channels_last)}
-
-    check(unlike().train(training), map(laid_out, splits(8)))
-
-
 class Reading(nn.Module):
     def __init__(self):
         super().__init__()
