@@ -62,6 +62,6 @@ def _how_sharded(branch: Branch) -> str | None:
     return "DTensor" if any(True for _ in tensors) else None
 
 
-RUN_ALL = "set starved='run', which calls every branch in every call"
+RUN_ALL = "set starved='run', which calls every part in every call"
 MASK_ALL = "set execution='masked', or shard the fusion as one unit"
 ONE_UNIT = "shard the fusion as one unit"

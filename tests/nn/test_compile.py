@@ -78,6 +78,28 @@ def test_convolutions_with_unknown_rows_still_need_the_switch():
         compiled(modalities(next(splits(1))))
 
 
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, sequence):
+        return self.own(sequence)[0][:, -1]
+
+
+def test_recurrent_branches_are_not_traced():
+    """A limit of torch: once this fails, its page can go. The other parts compile."""
+    fusion = unlike(execution="routed").eval()
+    fusion.branches[1] = Reading().double()
+    x = modalities(next(splits(1)))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"RNN|LSTM"):
+        torch.compile(fusion, backend="eager", fullgraph=True)(x)
+    expected = fusion(x)
+    for part in (fusion.gate, fusion.branches[0], fusion.branches[2]):
+        part.compile(backend="eager", dynamic=True)
+    torch.testing.assert_close(fusion(x), expected)
+
+
 CHOICES = {
     "one for all": 1,
     "one each": torch.tensor([0, 1, 1, -1, 0, 1, 1, 1, 0]),
@@ -194,6 +216,22 @@ def test_undefined_logits_stop_the_graph():
     x[3] = float("nan")
     with pytest.raises(RuntimeError, match="assertion"):
         compiled(x)
+
+
+def test_undefined_logits_are_not_seen_when_masked():
+    """Zero in eval, nan in training; the other rows are as they would be."""
+    fusion = unlike(execution="masked")
+    steer = next(splits(1))
+    defined = modalities(steer)
+    x = {**defined, "steer": steer.index_fill(0, torch.tensor([3]), float("nan"))}
+    others = torch.arange(N) != 3
+    for training in (False, True):
+        fusion.train(training)
+        compiled = Counted(fusion, "eager")
+        with torch.set_grad_enabled(training):
+            output = compiled(x)
+            torch.testing.assert_close(output[others], fusion(defined)[others])
+        assert output[3].isnan().all() if training else not output[3].any()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

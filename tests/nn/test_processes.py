@@ -26,6 +26,7 @@ GATE_GRADS = ["straight_through", "selected"]
 # The branches that the gate chooses on each rank: starved on one, opposite, all.
 SPLITS = [[[0, 0, 0, 0], [0, 1, 1, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[1, 0, 1, 0], [0, 1, 0, 0]]]
 SECONDS = 120
+STACKS = (NestedFusion, ChainedFusion)
 
 
 def mlp(hidden: int, outputs: int = 3) -> nn.Module:
@@ -73,10 +74,19 @@ def routed(gate_grad: str, **settings) -> RoutedFusion:
     )
 
 
-def nested(gate_grad: str) -> NestedFusion:
+def stages() -> list[list[nn.Module]]:
+    return [*([Keep(), Keep()] for _ in range(2)), [Sum(), Sum()]]
+
+
+def nested(gate_grad: str, **settings) -> NestedFusion:
     torch.manual_seed(1)
-    groups = [[Keep() for _ in range(2)] for _ in range(2)]
-    return NestedFusion(Told(3), *groups, [Sum(), Sum()], execution="routed", gate_grad=gate_grad)
+    return NestedFusion(Told(3), *stages(), execution="routed", gate_grad=gate_grad, **settings)
+
+
+def chained(gate_grad: str, **settings) -> ChainedFusion:
+    torch.manual_seed(1)
+    gates = [Told(2), Told(2)]
+    return ChainedFusion(gates, *stages(), execution="routed", gate_grad=gate_grad, **settings)
 
 
 def samples(choice: list[int], seed: int) -> torch.Tensor:
@@ -94,7 +104,7 @@ def steps() -> list[list[torch.Tensor]]:
 
 
 def call(fusion: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return fusion(x, x) if isinstance(fusion, NestedFusion) else fusion(x)
+    return fusion(x, x) if isinstance(fusion, STACKS) else fusion(x)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,7 +116,7 @@ def trained(model: nn.Module, fusion: nn.Module, rank: int) -> list:
     kept = []
     for step in steps():
         x = step[rank]
-        out = model(x, x) if isinstance(fusion, NestedFusion) else model(x)
+        out = model(x, x) if isinstance(fusion, STACKS) else model(x)
         out.square().mean().backward()
         kept.append([whole(p.grad).clone() for p in fusion.parameters()])
         fusion.zero_grad()
@@ -155,6 +165,19 @@ def sharded(rank: int, mesh, results) -> None:
     fusion = routed("straight_through")  # one unit needs no setting
     fully_shard(fusion, mesh=mesh)
     results["one unit"] = trained(fusion, fusion, rank)
+
+
+def sharded_stacks(rank: int, mesh, results) -> None:
+    """Each stage, fusion and gate by itself."""
+    for gate_grad in GATE_GRADS:
+        for make in (nested, chained):
+            fusion = make(gate_grad, starved="run")
+            gates = [fusion.gate] if make is nested else fusion.gates.values()
+            groups = fusion.main_stages, fusion.aux_stages, fusion.fusions, gates
+            for group in groups:
+                for branch in group:
+                    fully_shard(branch.module, mesh=mesh)
+            results[f"{make.__name__}, {gate_grad}"] = trained(fusion, fusion, rank)
 
 
 def average(parameter: nn.Parameter) -> None:
@@ -209,8 +232,7 @@ def refused(rank: int, mesh, results) -> None:
     results["data parallel"] = told(own, [], x)
     fusion = nested("straight_through")
     found["nested"] = told(fusion, [fusion.aux_stages[1].module], x, x)
-    stages = [[Keep()], [Keep()], [Sum()]]
-    fusion = ChainedFusion([Told(2)], *stages, execution="routed")
+    fusion = chained("straight_through")
     found["chained"] = told(fusion, [fusion.gates["1"].module], x, x)
     cascade = CascadeFusion([mlp(5), mlp(4)]).eval()
     found["cascade"] = told(cascade, [cascade.stages[1].module], x)
@@ -220,7 +242,7 @@ def refused(rank: int, mesh, results) -> None:
     results["errors"] = found
 
 
-JOBS = [data_parallel, sharded, tensor_parallel, refused]
+JOBS = [data_parallel, sharded, sharded_stacks, tensor_parallel, refused]
 
 
 def worker(rank: int, folder: str) -> None:
@@ -275,6 +297,15 @@ def test_sharded_branches(two):
             assert_as_alone(actual, routed(name.split(", ")[1]), rank)
 
 
+def test_sharded_stages(two):
+    made = {"nested": nested, "chained": chained}
+    for rank, results in enumerate(two(sharded_stacks)):
+        assert len(results) == 4
+        for name, actual in results.items():
+            kind, gate_grad = name.split(", ")
+            assert_as_alone(actual, made[kind](gate_grad), rank)
+
+
 def test_tensor_parallel_branches(two):
     fusion = routed("straight_through")
     for results in two(tensor_parallel):
@@ -296,11 +327,9 @@ def test_without_the_setting_every_rank_is_told(two):
             label = "branch '1'" if name == "layer" else "branch '0'"
             assert f"RoutedFusion: the weights of {label}" in errors[name]
             assert "set starved='run'" in errors[name]
-        for name, label in {
-            "nested": "aux stage 2",
-            "chained": "gate 1",
-            "cascade": "stage 1",
-        }.items():
+        for name, label in {"nested": "aux stage 2", "chained": "gate 1"}.items():
             assert label in errors[name]
-            assert "set execution='masked'" in errors[name]
+            assert "set starved='run'" in errors[name]
+        assert "stage 1" in errors["cascade"]
+        assert "set execution='masked'" in errors["cascade"]
         assert "shard the fusion as one unit" in errors["energy"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,28 +12,18 @@ from ...functional import autograd, checks, sorting
 from ..branch import Branch, forward_only, part
 from ..decision import Decision, drawn, upload
 from ..gates import Gates
-from ..rules import TOP_ONE, Rule, one_hot, straight_through
+from ..rules import TOP_ONE, Rule
 from ..tracing import refuse_routed
+from .chain import Chain, Kept
 from .current import Pass
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
-from .stack import StackFusion
 from .stage import Cell
 from .weights import hide_unselected, padded, skip_or_fuse
-
-
-@dataclass
-class Kept:
-    """What became of the samples of a batch so far, in its order."""
-
-    keep: Tensor  # [N], the product of all decisions, with their gradient
-    depth: Tensor  # int64 [N], how many cells each came through
-    weights: list[Tensor | None] = field(default_factory=list)  # of fusions; None: as each came
-
 
 _RULES = ("skip", "fuse", "fuse_all", "dynamic")
 
 
-class ChainedFusion(StackFusion):
+class ChainedFusion(Chain):
     """Fuses an auxiliary stream into a main one; every cell decides from its own features.
 
     The fusion-level DynMM with one gate per cell. With m and a the two streams, keep_0 = 1 and
@@ -72,6 +61,8 @@ class ChainedFusion(StackFusion):
             sample: -<dm, r> for the cell that dropped it, nothing from later ones. "none": none.
         temperature, batch_norm, gate_returns: as in `NestedFusion`, gates with two columns;
             BatchNorm in a gate counts as well.
+        starved: as in `NestedFusion`, gates included; a stack with a cell "fuse_all" then runs
+            masked.
         noise: None; "gumbel" to sample the decisions while training; "gumbel_always" in eval, too
             (as DynMM's code does). Routed execution draws for survivors only, so the draws differ
             from those of masked execution.
@@ -98,11 +89,13 @@ class ChainedFusion(StackFusion):
         noise: str | None = None,
         batch_norm: str = "masked",
         gate_returns: str = "logits",
+        starved: str = "skip",
     ) -> None:
         super().__init__(
             main_stages,
             aux_stages,
             fusions,
+            starved,
             execution=execution,
             gate_grad=gate_grad,
             temperature=temperature,
@@ -142,13 +135,6 @@ class ChainedFusion(StackFusion):
             for k, (cell, rule) in enumerate(zip(super()._cells(), self.rules, strict=True))
         ]
 
-    def _gate(self, k: int) -> Branch | None:
-        gates: dict[str, Any] = part(self, "gates")._modules
-        return gates.get(str(k))
-
-    def _gate_reads(self, k: int) -> bool:
-        return self._gate(k) is not None
-
     def _last_whole(self, forced: bool) -> int:
         if self.independent and not forced:
             return len(self.rules)
@@ -185,9 +171,11 @@ class ChainedFusion(StackFusion):
     def _runs_everywhere(self, current: Pass) -> bool:
         if self.execution == "dense" or self._is_known(current):
             return super()._runs_everywhere(current)
-        if self.execution == "routed":
+        if self.execution != "routed":
+            return True
+        if torch._C._are_functorch_transforms_active() or not torch.compiler.is_compiling():
             refuse_routed(self)
-        return True
+        return super()._runs_everywhere(current)
 
     def _gates_couple(self) -> bool:
         gates = part(self, "gates")._modules.values()
@@ -195,14 +183,18 @@ class ChainedFusion(StackFusion):
 
     def _run_chain(self, current: Pass) -> None:
         size, last = len(current.cells), self._last_whole(False)
-        if self.execution == "dense" or self._gates_couple() or self._runs_everywhere(current):
+        in_step = self.starved == "run" or not self._is_known(current)
+        whole = self.execution == "dense" or self._gates_couple() or self._runs_everywhere(current)
+        if whole or (in_step and last):
             last = size
-        kept = self._nothing_dropped(current)
-        if last:
+        kept, keep = self._nothing_dropped(current), None
+        if in_step and not last:
+            self._run_in_step(current, kept)
+        elif last:
             prefix, keep = self._run_whole(current, kept, last)
         else:
-            prefix, keep = Prefix(current.inputs, any(cell.reads for cell in current.cells)), None
-        if last < size:
+            prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
+        if last < size and not in_step:
             self._run_routed(current, kept, prefix, keep, last)
         if current.reports:
             self._report(current, kept)
@@ -332,11 +324,6 @@ class ChainedFusion(StackFusion):
         if self.execution == "dense":
             return rule.probs(logits, self.temperature)[:, 1]
         return self._kept(rule, choice, logits) if learns else choice.to(logits.dtype)
-
-    def _kept(self, rule: Rule, choice: Tensor, logits: Tensor) -> Tensor:
-        """[n]: 1 for those that the gate keeps, else 0, with its gradient."""
-        probs = rule.probs(logits, self.temperature)
-        return straight_through(one_hot(choice, 2), probs)[:, 1]
 
     def _report(self, current: Pass, kept: Kept) -> None:
         plan = sorting.route_descending(kept.depth, len(current.cells) + 1)

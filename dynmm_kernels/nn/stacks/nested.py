@@ -55,6 +55,9 @@ class NestedFusion(StackFusion):
             statistics of the samples that came so far.
         gate_returns: as in `RoutedFusion`, with depths for branches; "weights" have exactly one one
             in a row.
+        starved: what an auxiliary stage or a fusion does that no sample reaches. "skip": it is not
+            called. "run": all are called in every call, and as often, on two samples at least (or
+            what the batch has), as in `RoutedFusion`.
 
     Dropout draws differ between masked and routed execution.
     """
@@ -72,11 +75,13 @@ class NestedFusion(StackFusion):
         noise: str | None = None,
         batch_norm: str = "masked",
         gate_returns: str = "logits",
+        starved: str = "skip",
     ) -> None:
         super().__init__(
             main_stages,
             aux_stages,
             fusions,
+            starved,
             execution=execution,
             gate_grad=gate_grad,
             temperature=temperature,

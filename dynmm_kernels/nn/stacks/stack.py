@@ -16,7 +16,7 @@ from ..branch import Branch, part
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
-from ..processes import MASK_ALL, may_shard, refuse_sharded
+from ..processes import RUN_ALL, may_shard, refuse_sharded
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
 from ..tracing import refuse_routed
 from .current import Pass
@@ -34,9 +34,11 @@ class StackFusion(Adaptive):
         main_stages: Iterable[nn.Module],
         aux_stages: Iterable[nn.Module],
         fusions: Iterable[nn.Module],
+        starved: str,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        self.starved = starved
         for modules in (main_stages, aux_stages, fusions):
             if not isinstance(modules, Iterable):
                 raise TypeError(
@@ -93,8 +95,8 @@ class StackFusion(Adaptive):
                 f"{type(self).__name__}: stages must be numbers in 1..{last}, in a list; got "
                 f"{stages!r}"
             )
-        if may_shard() and self.execution in ("auto", "routed"):
-            refuse_sharded(self, self._parts_left_out(), MASK_ALL)
+        if may_shard() and self.starved == "skip" and self.execution in ("auto", "routed"):
+            refuse_sharded(self, self._parts_left_out(), RUN_ALL)
         current = Pass((main, aux), self._cells(), {*stages, last}, return_routing, generator)
         size = main.shape[0]
         if depth is None:
@@ -143,6 +145,8 @@ class StackFusion(Adaptive):
     ) -> None:
         """`run()` as "auto" finds it faster, with `current.masked` or without."""
         reason = self.chooser.barred or hindrance()
+        if self.starved == "run":
+            reason = "starved='run' calls every stage in every call"
         if whole or self._runs_everywhere(current):
             reason = "every stage needs the whole batch"
         elif any(cell.couples_samples() for cell in current.cells):
@@ -171,7 +175,7 @@ class StackFusion(Adaptive):
     def _run_decided(self, current: Pass) -> None:
         decision, plan, last = current.decision, current.decision.plan, self._last_whole(True)
         learns, exact = decision.grad is not None, decision.exact
-        everywhere = self._runs_everywhere(current)
+        everywhere = self._runs_everywhere(current) or (last > 0 and self.starved == "run")
         assert plan is not None
         prefix = Prefix(current.inputs, any(cell.reads for cell in current.cells))
         if everywhere or last:
@@ -187,7 +191,7 @@ class StackFusion(Adaptive):
                 plan.verify()
                 return
         probs = decision.probs if learns else None
-        if plan.traced:
+        if plan.traced or self.starved == "run":
             self._run_steady(current, plan, probs, exact)
             return
         if last < len(current.cells):
@@ -202,13 +206,14 @@ class StackFusion(Adaptive):
     def _run_steady(
         self, current: Pass, plan: RoutingPlan, probs: Tensor | None, exact: bool
     ) -> None:
-        """As `_run_decided`, where a graph is traced that is to serve all decisions."""
-        prefix = SteadyPrefix(current.inputs, plan, probs, exact)
-        for k, cell in enumerate(current.cells):
-            weights = None if prefix.probs is None else self._pair(prefix.probs, k + 1)
-            prefix.step(k, cell, weights)
-            if k + 1 in current.wanted:
-                current.outputs[k + 1] = prefix.read()
+        """As `_run_decided`, and every stage is called, as often."""
+        prefix = SteadyPrefix(current.inputs)
+        probs, narrowed = prefix.sort_by_depth(plan, probs, exact)
+        for k, cell in enumerate(current.cells, start=1):
+            prefix.narrow(*narrowed[k - 1])
+            prefix.step(cell, None if probs is None else self._pair(probs, k))
+            if k in current.wanted:
+                current.outputs[k] = prefix.read()
         current.rows_run = prefix.rows_run
 
     def _run_everywhere(
@@ -287,7 +292,9 @@ class StackFusion(Adaptive):
         return False
 
     def _runs_everywhere(self, current: Pass) -> bool:
-        if self.execution == "masked" or current.masked or current.mapped or not current.num_rows:
+        if self.execution == "masked" or current.masked or current.mapped:
+            return True
+        if self.starved == "skip" and not current.num_rows:
             return True
         return self.batch_norm == "masked" and any(cell.couples_samples() for cell in current.cells)
 
