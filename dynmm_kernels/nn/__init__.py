@@ -8,6 +8,7 @@ from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .collate import Collated, collate_modalities
 from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
+from .keys import keep_keys
 from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
 from .replays import CudaGraphReplay, EagerReplay, Replay
@@ -48,6 +49,7 @@ __all__ = [
     "deep_supervision_loss",
     "entropy_loss",
     "exponential_temperature",
+    "keep_keys",
     "quality_rank_loss",
     "resource_loss",
 ]

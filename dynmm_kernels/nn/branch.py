@@ -15,21 +15,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import ranges
 from .arguments import Arguments
+from .calling import Callee, Keywords, as_module, joined, parted
 from .memory import versions
 from .notes import note_origin
 
-Selector = str | int | Sequence[str | int] | Callable[..., Any] | None
+Selector = str | int | Sequence[str | int] | Mapping[str, str | int] | Callable[..., Any] | None
 
 
 class Branch(nn.Module):
     """A network that runs on the samples routed to it, unmodified.
 
     Args:
-        module: any `nn.Module`.
+        module: any `nn.Module`, a method of one, or a function. Of a method the whole module is
+            part of the branch; of what a function uses nothing is, so that its parameters get no
+            zero gradients where nobody chose it, and its layers are not looked at.
         inputs: the modalities it reads, so that only those are gathered.
-            None: the arguments of the fusion, as they are.
-            Keys: entries of the one dict argument, passed as positional arguments in this order.
+            None: the arguments of the fusion, as they are, keywords too.
+            Keys: entries of the one dict argument, or of the keyword arguments where there are
+            some; passed as positional arguments in this order.
             Positions: of the arguments, or of the one list or tuple where that is the only one.
+            A dict: the names of its parameters and for each a key or position; passed by keyword.
             A callable: called with the arguments; a tuple it returns is splatted, anything else
             is one argument.
         name: used in messages and tables; default: its position or key in the fusion.
@@ -42,27 +47,27 @@ class Branch(nn.Module):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Callee,
         inputs: Selector = None,
         name: str | None = None,
         cost: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"Branch: module must be an nn.Module; got {type(module).__name__}")
         if isinstance(inputs, bool):
             raise TypeError(f"Branch: inputs must be keys, positions or a callable; got {inputs}")
         if isinstance(inputs, (str, int)):
             inputs = [inputs]
-        self.module = module
+        self.module = as_module(module, "Branch: module")
         self.inputs = inputs
         self.name = name
         self.cost = cost
         self._look_at_module()
 
-    def forward(self, *inputs: Any, selected: bool = False) -> Any:
+    def forward(self, *inputs: Any, selected: bool = False, **named: Any) -> Any:
         """The module's output. `selected`: `inputs` are what it reads, not what the fusion got."""
-        return self.module(*(inputs if selected else self.select(inputs)))
+        if not selected:
+            inputs, named = parted(self.select(joined(inputs, named)))  # type: ignore[assignment]
+        return self.module(*inputs, **named)
 
     def train(self, mode: bool = True) -> Branch:
         super().train(mode)
@@ -101,7 +106,7 @@ class Branch(nn.Module):
         return False
 
     def select(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of the module, out of those of the fusion.
+        """The arguments of the module, out of those of the fusion.
 
         Raises:
             ValueError: a modality that the arguments do not have.
@@ -110,28 +115,37 @@ class Branch(nn.Module):
         if wanted is None:
             return inputs
         if callable(wanted):
-            selected = wanted(*inputs)
+            given, named = parted(inputs)
+            selected = wanted(*given, **named)
             return selected if type(selected) is tuple else (selected,)
-        pack = inputs[0] if len(inputs) == 1 else inputs
+        if isinstance(wanted, Mapping):
+            parts = [self._find(key, inputs) for key in wanted.values()]
+            return joined((), dict(zip(wanted, parts, strict=True)))
+        return tuple([self._find(key, inputs) for key in wanted])
+
+    def _find(self, key: str | int, inputs: tuple[Any, ...]) -> Any:
+        """One modality."""
+        given, named = parted(inputs)
+        pack = given[0] if len(given) == 1 else given
+        if named and not (isinstance(key, int) and given):
+            pack = named
         if isinstance(pack, Mapping):
-            for key in wanted:
-                if key not in pack:
-                    raise ValueError(
-                        f"{self.label} reads modality {key!r}; the inputs have "
-                        f"{', '.join(map(repr, pack))}"
-                    )
-            return tuple(pack[key] for key in wanted)
-        if isinstance(pack, Tensor) or not isinstance(pack, (list, tuple)):
-            pack = inputs
-        for key in wanted:
-            if not isinstance(key, int):
+            if key not in pack:
                 raise ValueError(
-                    f"{self.label} reads modality {key!r} by name, so the fusion must be "
-                    f"called with one dict; got {', '.join(type(x).__name__ for x in inputs)}"
+                    f"{self.label} reads modality {key!r}; the inputs have "
+                    f"{', '.join(map(repr, pack))}"
                 )
-            if not -len(pack) <= key < len(pack):
-                raise ValueError(f"{self.label} reads modality {key}; there are {len(pack)} inputs")
-        return tuple(pack[key] for key in wanted)  # type: ignore[index]
+            return pack[key]
+        if isinstance(pack, Tensor) or not isinstance(pack, (list, tuple)):
+            pack = given
+        if not isinstance(key, int):
+            raise ValueError(
+                f"{self.label} reads modality {key!r} by name, so the fusion must be called with "
+                f"one dict or with keywords; got {', '.join(type(x).__name__ for x in given)}"
+            )
+        if not -len(pack) <= key < len(pack):
+            raise ValueError(f"{self.label} reads modality {key}; there are {len(pack)} inputs")
+        return pack[key]
 
     def arguments(self, batch: Arguments) -> Arguments:
         """What this branch reads of the fusion's arguments; selected once, with a graph or not."""
@@ -173,7 +187,12 @@ class Branch(nn.Module):
                 or state["overridden"]
                 or state.get("_compiled_call_impl") is not None
             ):
-                return self(*arguments, **({} if self.inputs is None else {"selected": True}))
+                given, named = parted(tuple(arguments))
+                if self.inputs is not None:
+                    named = {**named, "selected": True}
+                return self(*given, **named)
+            if arguments and type(arguments[-1]) is Keywords:
+                return state["_modules"]["module"](*arguments[:-1], **arguments[-1])
             return state["_modules"]["module"](*arguments)
         except Exception as error:
             note_origin(error, self.label)
@@ -261,8 +280,9 @@ def in_place_of(old: nn.Module | None, module: nn.Module) -> nn.Module:
     return named
 
 
-def as_branch(module: nn.Module, name: str, title: str | None = None) -> Branch:
+def as_branch(module: Callee, name: str, title: str | None = None) -> Branch:
     """A named branch; a Branch without a name is not marked by the fusion that uses it."""
+    module = as_module(module, title or f"branch {name!r}")
     if isinstance(module, Branch) and module.name is not None:
         return module
     # A copy has the same module and hooks, under a name of its own.

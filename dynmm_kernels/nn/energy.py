@@ -13,6 +13,7 @@ from ..functional.filled import LEAST, fill
 from ..functional.plan import RoutingPlan
 from .arguments import Arguments
 from .branch import Branch, Branches, as_branch, forward_only, part
+from .calling import Callee, as_module, joined, parted
 from .processes import ONE_UNIT, may_shard, refuse_sharded
 from .routed.execution import run_rows
 from .tracing import EXPORT, refuse_jit
@@ -58,7 +59,7 @@ class EnergyFusion(nn.Module):
 
     def __init__(
         self,
-        encoders: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
+        encoders: Sequence[Callee] | Mapping[str, Callee] | nn.ModuleDict,
         *,
         weights: Weighting = "energy",
         scale: float = 0.1,
@@ -71,7 +72,7 @@ class EnergyFusion(nn.Module):
                 f"{type(encoders).__name__}"
             )
         self.named = isinstance(encoders, (Mapping, nn.ModuleDict))
-        items: list[tuple[Any, nn.Module]] = (
+        items: list[tuple[Any, Callee]] = (
             [*encoders.items()]
             if isinstance(encoders, (Mapping, nn.ModuleDict))
             else [*enumerate(encoders)]
@@ -106,12 +107,13 @@ class EnergyFusion(nn.Module):
         targets: Tensor | None = None,
         present: Tensor | Mapping[str, Tensor] | None = None,
         return_details: bool = False,
+        **named: Any,
     ) -> Tensor | EnergyOutput:
         """The fused logits [N, C].
 
         Args:
-            inputs: as for `RoutedFusion`. Where the first thing that an encoder reads is None, its
-                modality is absent for the whole batch.
+            inputs, named: as for `RoutedFusion`. Where the first thing that an encoder reads is
+                None, its modality is absent for the whole batch.
             targets: as for `energy_fuse`; asks for details.
             present: which samples have which modality: bool [N, M], or a dict of bool [N] by the
                 names of encoders, those not named being there. What is absent may hold anything.
@@ -120,8 +122,9 @@ class EnergyFusion(nn.Module):
         Raises:
             ValueError, TypeError: what does not fit; the message names the encoder.
         """
-        batch, encoders = Arguments(inputs, "EnergyFusion inputs"), part(self, "encoders").all()
-        given = [encoder.arguments(batch).selected[:1] != (None,) for encoder in encoders]
+        batch = Arguments(joined(inputs, named), "EnergyFusion inputs")
+        encoders = part(self, "encoders").all()
+        given = [_is_given(encoder.arguments(batch).selected) for encoder in encoders]
         if not any(given):
             raise ValueError("EnergyFusion: every modality is None; give at least one")
         mask = None if present is None else _mask(present, batch, encoders)
@@ -160,8 +163,8 @@ class _Own:
     def __init__(self, position: int, name: str, count: int) -> None:
         self.position, self.name, self.count = position, name, count
 
-    def __call__(self, *inputs: Any) -> Any:
-        pack = inputs[0] if len(inputs) == 1 else inputs
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        pack = named or (inputs[0] if len(inputs) == 1 else inputs)
         if isinstance(pack, Mapping):
             if self.name not in pack:
                 raise ValueError(
@@ -182,7 +185,13 @@ class _Own:
         return f"its own ({self.name!r})"
 
 
-def _as_encoder(module: nn.Module, position: int, name: str, count: int) -> Branch:
+def _is_given(selected: tuple[Any, ...]) -> bool:
+    given, named = parted(selected)
+    return next(iter((*given, *named.values())), selected) is not None
+
+
+def _as_encoder(module: Callee, position: int, name: str, count: int) -> Branch:
+    module = as_module(module, f"encoder {name!r}")
     if not isinstance(module, Branch):
         module = Branch(module, _Own(position, name, count))
     return as_branch(module, name, f"encoder {name!r}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import checks, ranges
 from .branch import Branch, as_branch, in_place_of
+from .calling import Callee, as_module
 
 _MEASURES = ("probability", "entropy", "energy")
 
@@ -55,10 +56,10 @@ def ask_unnamed(
 class Gates(nn.ModuleDict):
     """Gates by the number of their cell; a module put in the place of one takes over its name."""
 
-    def __setitem__(self, key: str, module: nn.Module) -> None:
+    def __setitem__(self, key: str, module: Callee) -> None:
         title = f"gate {key}"
-        gate = as_branch(in_place_of(self._modules.get(key), module), title, title)
-        super().__setitem__(key, gate)
+        module = in_place_of(self._modules.get(key), as_module(module, title))
+        super().__setitem__(key, as_branch(module, title, title))
 
 
 class ConfidenceGate(nn.Module):
@@ -75,14 +76,12 @@ class ConfidenceGate(nn.Module):
             confident up to the threshold.
     """
 
-    def __init__(
-        self, predictor: nn.Module, threshold: float, measure: str = "probability"
-    ) -> None:
+    def __init__(self, predictor: Callee, threshold: float, measure: str = "probability") -> None:
         super().__init__()
         if measure not in _MEASURES:
             wanted = ", ".join(map(repr, _MEASURES))
             raise ValueError(f"ConfidenceGate: measure must be one of {wanted}; got {measure!r}")
-        self.predictor = predictor
+        self.predictor = as_module(predictor, "ConfidenceGate: predictor")
         self.threshold = threshold
         self.measure = measure
 

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from ...functional import movement
 from ...functional.energy import MAX_MODALITIES, energy_fuse
 from ..branch import Branch, as_branch, in_place_of
+from ..calling import as_module
 
 Fuse = str | Branch
 FUSES = ("energy", "mean", "last")
 
 
 def as_fuse(fuse: Any, before: nn.Module | None) -> Fuse:
-    """One of `FUSES`, or the module as a Branch; in the place of `before`.
+    """One of `FUSES`, or the module or function as a Branch; in the place of `before`.
 
     Raises:
         ValueError, TypeError: anything else.
     """
-    if isinstance(fuse, nn.Module):
+    if callable(fuse):
+        fuse = as_module(fuse, "CascadeFusion: fuse")
         return as_branch(in_place_of(before, fuse), "fuse", "fuse")
     wanted = ", ".join(map(repr, FUSES))
     message = f"CascadeFusion: fuse must be one of {wanted}, or a module(list of logits) -> logits"

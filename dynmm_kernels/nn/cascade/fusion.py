@@ -12,6 +12,7 @@ from ...functional import sorting
 from ...functional.deferred import has_values
 from ..arguments import Arguments
 from ..branch import Branches, as_branch, part
+from ..calling import Callee, joined
 from ..decision import Decision, forced
 from ..processes import MASK_ALL, may_shard, refuse_sharded
 from ..rules import TOP_ONE
@@ -64,11 +65,11 @@ class CascadeFusion(nn.Module):
 
     def __init__(
         self,
-        stages: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
+        stages: Sequence[Callee] | Mapping[str, Callee] | nn.ModuleDict,
         *,
         score: Score = "probability",
         threshold: float | Sequence[float] = 0.9,
-        fuse: str | nn.Module = "energy",
+        fuse: str | Callee = "energy",
         execution: str = "auto",
     ) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class CascadeFusion(nn.Module):
                 f"CascadeFusion: stages must be a sequence or a dict of modules; got "
                 f"{type(stages).__name__}"
             )
-        named: Iterable[tuple[Any, nn.Module]] = (
+        named: Iterable[tuple[Any, Callee]] = (
             stages.items() if isinstance(stages, (Mapping, nn.ModuleDict)) else enumerate(stages)
         )
         self.stages = Branches(
@@ -98,6 +99,7 @@ class CascadeFusion(nn.Module):
         *inputs: Any,
         exit: int | Tensor | None = None,
         return_routing: bool = False,
+        **named: Any,
     ) -> Any:
         """The fused logits [N, C], in sample order.
 
@@ -105,9 +107,9 @@ class CascadeFusion(nn.Module):
         (with `exit`: that of the stages up to there).
 
         Args:
-            inputs: what the model takes: tensors [N, ...] in any nesting of lists, tuples and
-                dicts. `Shared` and `Lazy` mark what is not gathered, or only fetched for the
-                samples that come to a stage.
+            inputs, named: what the model takes, by position and by keyword: tensors [N, ...] in any
+                nesting of lists, tuples and dicts. `Shared` and `Lazy` mark what is not gathered,
+                or only fetched for the samples that come to a stage.
             exit: forces the stage after which samples leave, counting from 0, and nothing is
                 scored. An int: that stage for all. A LongTensor [N]: one per sample.
             return_routing: also return the `CascadeRouting`.
@@ -116,7 +118,7 @@ class CascadeFusion(nn.Module):
             ValueError, TypeError: logits, scores, exits or inputs that do not fit, a score that is
                 nan; the message names the stage, what came and what was wanted.
         """
-        batch = Arguments(inputs, "CascadeFusion inputs")
+        batch = Arguments(joined(inputs, named), "CascadeFusion inputs")
         cascade = self._cascade()
         decision = None if exit is None else _obey(exit, len(cascade.stages), batch)
         if self.training or self._runs_everywhere(batch):

@@ -13,6 +13,7 @@ from ...functional import checks, sorting
 from ..adaptive import Adaptive
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
+from ..calling import Callee, joined
 from ..capture import Capture
 from ..decision import Decision, forced, forced_mask, uniform
 from ..gates import ask
@@ -27,9 +28,9 @@ class RoutedFusion(Adaptive):
     """Runs, for every sample, the branch its gate chooses, and only that (DynMM, eq. 1-3).
 
     Args:
-        gate: module or `Branch`, called like a branch; returns logits [N, B].
-        branches: modules or `Branch`es, a sequence or a dict by name. All return the same
-            structure: a tensor [n, ...] or a pytree of such.
+        gate: module, function or `Branch`, called like a branch; returns logits [N, B].
+        branches: modules, functions or `Branch`es, a sequence or a dict by name. All return the
+            same structure: a tensor [n, ...] or a pytree of such.
         execution: "routed": each branch on its own samples only. "masked": every branch on every
             sample, times 0 or 1. "dense": every branch on every sample, times its probability.
             "auto": routed or masked, whichever was measured to be faster here for such batches;
@@ -72,8 +73,8 @@ class RoutedFusion(Adaptive):
 
     def __init__(
         self,
-        gate: nn.Module,
-        branches: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
+        gate: Callee,
+        branches: Sequence[Callee] | Mapping[str, Callee] | nn.ModuleDict,
         *,
         execution: str = "auto",
         gate_grad: str = "straight_through",
@@ -90,7 +91,7 @@ class RoutedFusion(Adaptive):
                 f"RoutedFusion: branches must be a sequence or a dict of modules; got "
                 f"{type(branches).__name__}"
             )
-        named: Iterable[tuple[Any, nn.Module]] = (
+        named: Iterable[tuple[Any, Callee]] = (
             branches.items()
             if isinstance(branches, (Mapping, nn.ModuleDict))
             else enumerate(branches)
@@ -111,12 +112,14 @@ class RoutedFusion(Adaptive):
         choice: int | str | Tensor | None = None,
         return_routing: bool = False,
         generator: torch.Generator | None = None,
+        **named: Any,
     ) -> Any:
         """The fused output, in sample order.
 
         Args:
-            inputs: what the model takes: tensors [N, ...] in any nesting of lists, tuples and
-                dicts. `Shared` and `Lazy` mark what is not gathered, or only fetched when needed.
+            inputs, named: what the model takes, by position and by keyword: tensors [N, ...] in any
+                nesting of lists, tuples and dicts. `Shared` and `Lazy` mark what is not gathered,
+                or only fetched when needed.
             choice: forces a hard decision, in any mode, and the gate is not run. An int: that
                 branch for all. A LongTensor [N]: one per sample, -1 for none (zero output). A bool
                 tensor [N, B]: every branch that is True, summed, such as the modalities there are.
@@ -129,7 +132,9 @@ class RoutedFusion(Adaptive):
             ValueError, TypeError: gate logits, choice, inputs or outputs that do not fit; the
                 message names the branch, what came and what was wanted.
         """
-        if not (return_routing or torch.is_grad_enabled() or choice is not None):
+        if named:
+            inputs = joined(inputs, named)
+        elif not (return_routing or torch.is_grad_enabled() or choice is not None):
             output = ways.run_short(self.__dict__, inputs)
             if output is not None:
                 return output
@@ -188,7 +193,9 @@ class RoutedFusion(Adaptive):
         if name in ("select", "gate_returns") and "select" in self.__dict__:
             self.rule = rule_of(self.select, len(self.branches), self.gate_returns)
 
-    def capture(self, *example: Any, max_rows: int, replay: Replay | None = None) -> Capture:
+    def capture(
+        self, *example: Any, max_rows: int, replay: Replay | None = None, **named: Any
+    ) -> Capture:
         """Records the branches as CUDA graphs, to be replayed where launching them costs most.
 
         For eval without gradients. One graph per branch and bucket of rows: powers of two, and
@@ -198,9 +205,9 @@ class RoutedFusion(Adaptive):
         recorded yet are slow once, and wait for the device.
 
         Args:
-            example: the arguments of a call; all buckets are recorded now. None: each at its first
-                use, for the kind of inputs (shapes but for the rows, dtypes, layout, autocast)
-                that a branch is called with first.
+            example, named: the arguments of a call; all buckets are recorded now. None: each at
+                its first use, for the kind of inputs (shapes but for the rows, dtypes, layout,
+                autocast) that a branch is called with first.
             max_rows: of the largest bucket. A branch keeps tensors for twice as many rows at most.
             replay: how recorded calls run again; default `CudaGraphReplay()`.
 
@@ -212,8 +219,8 @@ class RoutedFusion(Adaptive):
         """
         self.release()
         captured = Capture(part(self, "branches").all(), max_rows, replay)
-        if example:
-            captured.record(Arguments(example, "the example of capture"))
+        if example or named:
+            captured.record(Arguments(joined(example, named), "the example of capture"))
         captured.attach()
         self.captured = captured
         return captured

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...functional import autograd, checks, sorting
 from ..branch import Branch, forward_only, part
+from ..calling import Callee
 from ..decision import Decision, drawn, upload
 from ..gates import Gates
 from ..rules import TOP_ONE, Rule
@@ -75,10 +76,10 @@ class ChainedFusion(Chain):
 
     def __init__(
         self,
-        gates: Iterable[nn.Module | None],
-        main_stages: Iterable[nn.Module],
-        aux_stages: Iterable[nn.Module],
-        fusions: Iterable[nn.Module],
+        gates: Iterable[Callee | None],
+        main_stages: Iterable[Callee],
+        aux_stages: Iterable[Callee],
+        fusions: Iterable[Callee],
         *,
         rules: Sequence[str] | None = None,
         gates_read: str = "cells",

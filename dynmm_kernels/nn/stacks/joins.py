@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import maps
+from .excitations import channels_of, difference, find_excitations
 
 
 class Add(nn.Module):
@@ -83,6 +84,38 @@ class SEAdd(nn.Module):
         if isinstance(main, Tensor) and main.ndim > 1 and main.shape[1] != self.channels:
             raise ValueError(f"SEAdd: wanted [N, {self.channels}, ...]; got {list(main.shape)}")
         return maps.se_add(main, aux, self.excite_main, self.excite_aux, [*self.parameters()])
+
+    @classmethod
+    def from_(cls, module: nn.Module) -> SEAdd:
+        """The same as `module`, on the same parameters.
+
+        Args:
+            module: a squeeze-and-excite addition of two maps [N, C, H, W], module(main, aux), such
+                as that of ESANet and DynMM: two networks C -> h -> C of linear layers or
+                convolutions of size 1, each the smallest part of `module` that holds two of them.
+
+        Raises:
+            ValueError: no two such networks in it, or it computes something else.
+        """
+        found = find_excitations(module)
+        if len(found) != 2 or len({*map(channels_of, found)}) != 1:
+            raise ValueError(
+                "SEAdd.from_: wanted two networks C -> h -> C of linear layers or convolutions of "
+                f"size 1 in {type(module).__name__}, for the same C; found {len(found)} that take "
+                f"C = {[*map(channels_of, found)]}"
+            )
+        own = cls.__new__(cls)
+        nn.Module.__init__(own)
+        own.channels = channels_of(found[0])
+        tolerance = torch.finfo(next(module.parameters()).dtype).eps ** 0.75
+        for first, second in (found, found[::-1]):
+            own.excite_main, own.excite_aux = first, second
+            if difference(own, module, own.channels) <= tolerance:
+                return own.train(module.training)
+        raise ValueError(
+            f"SEAdd.from_: {type(module).__name__} computes something else than s * main + t * aux "
+            "with s and t from the means of main and aux by the layers in it, in their order"
+        )
 
 
 def _excitation(channels: int, reduction: int) -> nn.Sequential:

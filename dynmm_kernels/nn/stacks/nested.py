@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from torch import nn
-
 from ...functional import checks, sorting
 from ..branch import as_branch, part
+from ..calling import Callee
 from ..decision import Decision
 from .current import Pass
 from .stack import StackFusion
@@ -64,10 +63,10 @@ class NestedFusion(StackFusion):
 
     def __init__(
         self,
-        gate: nn.Module,
-        main_stages: Iterable[nn.Module],
-        aux_stages: Iterable[nn.Module],
-        fusions: Iterable[nn.Module],
+        gate: Callee,
+        main_stages: Iterable[Callee],
+        aux_stages: Iterable[Callee],
+        fusions: Iterable[Callee],
         *,
         execution: str = "auto",
         gate_grad: str = "straight_through",

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...functional import movement, selecting, sorting
 from ...functional.deferred import has_values, is_mapped
 from ...functional.plan import RoutingPlan
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..branch import Branch, part
+from ..calling import Callee
 from ..decision import Decision, blend, forced, uniform
 from ..gates import ask
 from ..memory import apart, sharing
@@ -31,9 +32,9 @@ class StackFusion(Adaptive):
 
     def __init__(
         self,
-        main_stages: Iterable[nn.Module],
-        aux_stages: Iterable[nn.Module],
-        fusions: Iterable[nn.Module],
+        main_stages: Iterable[Callee],
+        aux_stages: Iterable[Callee],
+        fusions: Iterable[Callee],
         starved: str,
         **settings: Any,
     ) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..branch import Branch, Branches, part
+from ..calling import Callee, as_module
 from ..memory import unaliased
 
 
@@ -97,7 +98,7 @@ class Cell(NamedTuple):
         return unused
 
 
-def make_stages(modules: list[nn.Module], kind: str) -> Branches:
+def make_stages(modules: list[Callee], kind: str) -> Branches:
     """Each module as a `Stage` called "`kind` k", counting from 1; a Branch keeps name and cost."""
     stages = Branches()
     for k, module in enumerate(modules, start=1):
@@ -109,5 +110,5 @@ def make_stages(modules: list[nn.Module], kind: str) -> Branches:
                     f"inputs={module.inputs!r}"
                 )
             name, cost, module = module.name or name, module.cost, module.module
-        stages.append(Stage(module, name=name, cost=cost))
+        stages.append(Stage(as_module(module, name), name=name, cost=cost))
     return stages
