@@ -267,7 +267,7 @@ def along_first_input(model: Model) -> tuple[Callable[[Tensor], Any], Callable, 
 
     def library(point: Tensor) -> list[Tensor]:
         values = mapped(lambda leaf: point if leaf is first else leaf.value, model.arguments)
-        return [leaf for leaf in flat(model.fusion(*values, choice=model.choice)) if learns(leaf)]
+        return [leaf for leaf in flat(model(*values)[0]) if learns(leaf)]
 
     def loop(point: Tensor) -> list[Tensor]:
         kept, first.tensor = first.tensor, point

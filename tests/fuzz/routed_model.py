@@ -60,6 +60,31 @@ class Reader:
         return [part for part in self.module.modules() if isinstance(part, nn.BatchNorm1d)]
 
 
+class Named(nn.Module):
+    """A network that is called by keyword: with its arguments, or with the parts of the one."""
+
+    def __init__(self, module: nn.Module, selected: bool) -> None:
+        super().__init__()
+        self.module, self.selected = module, selected
+
+    def forward(self, **named: Any) -> Any:
+        return self.module(*named.values()) if self.selected else self.module(named)
+
+
+def as_called(
+    draw: Draw, name: str, module: nn.Module, selector: Any, by_keyword: bool
+) -> tuple[Any, Any]:
+    """What the library is given to call, and the selector for it."""
+    if isinstance(selector, dict) or (by_keyword and selector is None):
+        module = Named(module, selector is not None)
+    if callable(selector) and by_keyword:
+        select = selector
+        selector = lambda *given, **named: select(*given, *([named] if named else []))  # noqa: E731
+    if draw.pick(f"{name} as", {"module": 6, "method": 1}) == "method":
+        return module.__call__, selector
+    return module, selector
+
+
 @dataclass
 class Model:
     """One case: inputs, modules, settings and the call."""
@@ -76,6 +101,7 @@ class Model:
     choice: Any
     costs: list[float] | None
     gate_cost: float
+    by_keyword: bool = False
     seen: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
 
     @property
@@ -89,7 +115,10 @@ class Model:
         options = {"choice": self.choice, "return_routing": True}
         if self.draw.pick("generator", (False, True)):
             options["generator"] = torch.Generator().manual_seed(self.draw.seed)
-        return self.fusion(*(values or self.values()), **options)
+        values = values or self.values()
+        if self.by_keyword:
+            return self.fusion(**values[0], **options)
+        return self.fusion(*values, **options)
 
     def learners(self) -> tuple[list[str], list[Tensor]]:
         """Names and tensors of all that may get a gradient."""
@@ -188,19 +217,26 @@ def draw_model(draw: Draw) -> Model:
     costs = [draw.pick(f"cost {i}", (1.0, 2.5, 7.0)) for i in range(num_branches)]
     costs = costs if draw.pick("costs", (False, True)) else None
     gate_cost = 0.5 if costs else 0.0
-    wrapped = [
-        Branch(reader.module, inputs=selector, cost=costs[i] if costs else None)
-        if selector is not None or costs
-        else reader.module
+    by_keyword = isinstance(arguments[0], dict) and draw.pick("inputs by", ("keyword", "position"))
+    by_keyword = by_keyword == "keyword"
+    called = [
+        as_called(draw, f"branch {i}", reader.module, selector, by_keyword)
         for i, (reader, selector) in enumerate(drawn)
     ]
+    wrapped = [
+        Branch(module, inputs=selector, cost=costs[i] if costs else None)
+        if selector is not None or costs
+        else module
+        for i, (module, selector) in enumerate(called)
+    ]
+    asked, selector = as_called(draw, "gate", gate.module, selector, by_keyword)
     by_name = draw.pick("branches by name", (False, True))
     grads = ("straight_through", "selected", "none")
     batch_norm = draw.pick("batch norm", ("masked", "subset"))
     training = draw.pick("training", (True, False))
     subset = batch_norm == "subset" and training and any(part.batch_norm for part in branches)
     fusion = RoutedFusion(
-        Branch(gate.module, inputs=selector, cost=gate_cost or None),
+        Branch(asked, inputs=selector, cost=gate_cost or None),
         {f"b{i}": part for i, part in enumerate(wrapped)} if by_name else wrapped,
         execution=draw.pick("execution", {"routed": 4, "auto": 2, "masked": 1, "dense": 1}),
         gate_grad=draw.pick("gate_grad", grads[1:] if subset else grads),
@@ -214,7 +250,7 @@ def draw_model(draw: Draw) -> Model:
     choice = draw_choice(draw, num_rows, num_branches)
     model = Model(
         draw, context, num_rows, dtype, arguments, structure,
-        gate, branches, fusion, choice, costs, gate_cost,
+        gate, branches, fusion, choice, costs, gate_cost, by_keyword,
     )  # fmt: skip
     add_hooks(model)
     return model
@@ -256,17 +292,22 @@ def add_hooks(model: Model) -> None:
 
     def noting(name: str):
         model.seen[name] = []
-        return lambda module, arguments: model.seen[name].append(arguments)
+
+        def note(module: nn.Module, given: tuple[Any, ...], named: Any = None) -> None:
+            named = {k: v for k, v in (named or {}).items() if k != "selected"}
+            model.seen[name].append((given, named))
+
+        return note
 
     for index, (branch, reader) in enumerate(
         zip(model.fusion.branches, model.branches, strict=True)
     ):
         if kind == "branches":
-            branch.register_forward_pre_hook(noting(f"branch {index}"))
+            branch.register_forward_pre_hook(noting(f"branch {index}"), with_kwargs=True)
         elif kind == "inner":
-            reader.module.register_forward_pre_hook(noting(f"branch {index}"))
+            reader.module.register_forward_pre_hook(noting(f"branch {index}"), with_kwargs=True)
         elif kind == "that change":
             branch.register_forward_hook(lambda module, arguments, output: doubled(output))
             reader.after = doubled
     if kind == "gate":
-        model.fusion.gate.register_forward_pre_hook(noting("gate"))
+        model.fusion.gate.register_forward_pre_hook(noting("gate"), with_kwargs=True)

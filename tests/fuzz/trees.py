@@ -159,7 +159,10 @@ def draw_selector(draw: Draw, name: str, arguments: tuple[Any, ...]) -> tuple[An
     with_rows = [key for key in keys if isinstance(parts[key], Leaf) and parts[key].has_rows]
     chosen = draw.pick(
         f"inputs of {name}",
-        ("all", "one", "one, bare", "last", "all by name", "backwards", "repeated", *CALLABLES),
+        (
+            *("all", "one", "one, bare", "last", "all by name", "backwards", "repeated"),
+            *("by keyword", *CALLABLES),
+        ),
     )
     if chosen in CALLABLES:
         picked = CALLABLES[chosen](*arguments)
@@ -173,5 +176,9 @@ def draw_selector(draw: Draw, name: str, arguments: tuple[Any, ...]) -> tuple[An
         "all by name": keys,
         "backwards": keys[::-1],
         "repeated": [keys[0], *keys[-1:], keys[0]],
+        "by keyword": [*keys[-1:], keys[0]],
     }[chosen]
+    if chosen == "by keyword":
+        selector = {f"parameter {i}": key for i, key in enumerate(wanted)}
+        return selector, tuple(parts[key] for key in wanted)
     return wanted[0] if chosen == "one, bare" else wanted, tuple(parts[key] for key in wanted)
