@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import dynmm_kernels
 from dynmm_kernels.ops.backends import compiled
@@ -80,6 +82,41 @@ def test_accelerate_training():
     assert len(losses) == 4
     assert losses[-1] < losses[0] / 2
     assert ran == [{"text": 0.67, "image": 0.67}] * 4
+
+
+def test_serving():
+    """Each request gets its own rows back, and images are decoded where they are needed."""
+    *batches, last = printed("serving")
+    assert batches == ["(1, 4) (3, 4) (2, 4)", "(4, 4)", " ".join(["(1, 4)"] * 8)]
+    rows, images = map(int, re.findall(r"\d+", last))
+    assert rows == 18
+    assert 0 < images < rows
+
+
+def test_serving_answers_as_the_whole_model_does():
+    spec = importlib.util.spec_from_file_location("serving", EXAMPLES / "serving.py")
+    serving = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serving)
+    server = serving.TritonPythonModel()
+    server.initialize({"model_instance_kind": "CPU"})
+    sizes, draw = [2, 1, 5], np.random.default_rng(1)
+    texts = [draw.normal(size=(n, serving.WORDS)).astype(np.float32) for n in sizes]
+    images = [draw.integers(0, 256, (n, 3, 32, 32), np.uint8) for n in sizes]
+    tensor = serving.backend.Tensor
+    requests = [
+        {"text": tensor("text", text), "image": tensor("image", image)}
+        for text, image in zip(texts, images, strict=True)
+    ]
+    server.fusion.execution = "masked"
+    pixels = torch.from_numpy(np.concatenate(images)).float() / 255
+    with torch.no_grad():
+        wanted = server.fusion(torch.from_numpy(np.concatenate(texts)), pixels)
+    server.fusion.execution = "routed"
+    answers = [response.output_tensors[0] for response in server.execute(requests)]
+    assert [answer.name for answer in answers] == ["logits"] * 3
+    got = [torch.from_numpy(answer.as_numpy()) for answer in answers]
+    assert [*map(len, got)] == sizes
+    torch.testing.assert_close(torch.cat(got), wanted)
 
 
 def test_cascade():
