@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 WITH_CODE = [page for page, text in TEXTS.items() if "```python" in text]
-FOLDERS = "|".join(("benchmarks", "csrc", "dynmm_kernels", "docs", "tests"))
+FOLDERS = "|".join(("benchmarks", "csrc", "dynmm_kernels", "docs", "examples", "tests"))
 
 
 def run(page: str) -> dict[str, object]:
