@@ -115,7 +115,10 @@ def deterministic() -> Iterator[None]:
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     logging.disable(logging.DEBUG)  # of each step
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast_path and torch.__version__ >= "2.11")
     yield
+    torch.backends.mha.set_fastpath_enabled(fast_path)
     logging.disable(logging.NOTSET)
     torch._dynamo.reset()
 

@@ -68,6 +68,9 @@ def asking(title: str) -> Iterator[None]:
 @contextmanager
 def following() -> Iterator[None]:
     """What is called meanwhile runs on the samples of others."""
+    if not recording():
+        yield
+        return
     before, _part.rest = _part.rest, True
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Branch(nn.Module):
 
     def couples_samples(self) -> bool:
         """Whether a sample's output depends on the others: BatchNorm using batch statistics."""
-        if self.training:
+        if self.training and not is_dynamo_compiling():
             self._look_at_module()  # layers may have been added
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
@@ -239,18 +239,6 @@ class Branch(nn.Module):
         tensors = [*self.parameters(), *self.arguments(batch).held()]
         return [tensor for tensor in tensors if tensor.requires_grad]
 
-    @contextmanager
-    def frozen_statistics(self) -> Iterator[None]:
-        """BatchNorm goes on using batch statistics, but does not record them."""
-        recording = [norm for norm in self.norms if norm.training and norm.track_running_stats]
-        for norm in recording:
-            norm.track_running_stats = False
-        try:
-            yield
-        finally:
-            for norm in recording:
-                norm.track_running_stats = True
-
 
 class Branches(nn.ModuleList):
     """Branches or stages; a module put in the place of one takes over its name and inputs."""
@@ -295,17 +283,23 @@ def as_branch(module: Callee, name: str, title: str | None = None) -> Branch:
 def forward_only(branches: Iterable[Branch]) -> Iterator[None]:
     """torch.no_grad for branches that run again with a graph, and record their statistics then.
 
-    In torch 2.10 autocast hands the weights it cast here, without a graph, to the later run,
-    whose parameters then get no gradient; so it must not keep them.
+    BatchNorm goes on using batch statistics. In torch 2.10 autocast hands the weights it cast here,
+    without a graph, to the later run, whose parameters then get no gradient; so it must not keep
+    them.
     """
-    keeps = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    norms = [norm for branch in branches for norm in branch.norms if norm.training]
+    recording = [norm for norm in norms if norm.track_running_stats]
+    traced = is_dynamo_compiling()
+    keeps = traced or torch.is_autocast_cache_enabled()
     try:
-        with torch.no_grad(), ExitStack() as stack:
-            if ranges.recording():
-                stack.enter_context(ranges.following())
-            for branch in branches:
-                stack.enter_context(branch.frozen_statistics())
+        for norm in recording:
+            norm.track_running_stats = False
+        if not traced:
+            torch.set_autocast_cache_enabled(False)
+        with torch.no_grad(), ranges.following():
             yield
     finally:
-        torch.set_autocast_cache_enabled(keeps)
+        for norm in recording:
+            norm.track_running_stats = True
+        if not traced:
+            torch.set_autocast_cache_enabled(keeps)

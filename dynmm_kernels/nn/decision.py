@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from ..functional.plan import RoutingPlan
 from .rules import TOP_ONE, UNIFORM, Rule
 
 
-class Decision(NamedTuple):
+@dataclass(slots=True)
+class Decision:
     """What was decided for a batch, by a gate or by force; for branches or for depths.
 
     Attributes:

@@ -79,7 +79,7 @@ class Chain(StackFusion):
             with forward_only([gate]):
                 rule, others = self._ask(gate, prefix.tail(read), prefix.rest, 2, current)
             followed, asked = rule.choose(others), asked + prefix.behind
-            prefix.hidden += gate.parameters()
+            prefix.hidden += [*gate.parameters()]
         if gate.cost:
             current.gate_cost += gate.cost * asked / max(1, current.num_rows)
         choice = prefix.spread(chosen, followed)

@@ -289,7 +289,7 @@ class ChainedFusion(Chain):
         asked, learns = [], False
         read, prefix.unfused = prefix.main if prefix.unfused is None else prefix.unfused, None
         if prefix.aux is None and self.gate_grad != "none":
-            prefix.starved += gate.parameters()
+            prefix.starved += [*gate.parameters()]
         if prefix.aux is not None:
             rule, logits = self._ask(gate, read[:active], prefix.aux, 2, current)
             prefix.see(read, prefix.aux)

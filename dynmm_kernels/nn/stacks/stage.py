@@ -92,9 +92,9 @@ class Cell(NamedTuple):
         """Parameters that no sample reaches."""
         unused: list[Tensor] = []
         if self.reads:
-            unused += self.aux.parameters()
+            unused += [*self.aux.parameters()]
         if self.fuses:
-            unused += self.fusion.parameters()
+            unused += [*self.fusion.parameters()]
         return unused
 
 

@@ -169,7 +169,7 @@ class SteadyPrefix:
             self.hidden += [main, *cell.aux.parameters()]
             if not cell.fuses:
                 return []
-            self.hidden += cell.fusion.parameters()
+            self.hidden += [*cell.fusion.parameters()]
             return [cell.fuse(self.tail(main), self.rest)]
 
     def read(self) -> Tensor:
