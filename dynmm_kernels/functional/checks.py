@@ -33,7 +33,8 @@ def check_selection(selection: Any, num_branches: Any) -> None:
         raise ValueError(f"route: num_branches must be in 1..{MAX_BRANCHES}; got {num_branches}")
     shape = list(selection.shape)
     if selection.dtype == torch.bool:
-        if len(shape) != 2 or shape[1] != num_branches:
+        flat = len(shape) == 1 and num_branches == 1
+        if not flat and (len(shape) != 2 or shape[1] != num_branches):
             raise ValueError(
                 f"route: a bool mask must have shape [N, num_branches] = [N, {num_branches}]; "
                 f"got {shape}"
