@@ -169,7 +169,11 @@ def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int], device: torc
 
 
 def check_outputs(
-    outputs: Sequence[Any], rows: Sequence[int], names: Sequence[str], device: torch.device
+    outputs: Sequence[Any],
+    rows: Sequence[int],
+    names: Sequence[str],
+    device: torch.device,
+    losses: bool = True,
 ) -> tuple[list[tuple[Any, ...]], tree.Spec]:
     """The leaves of all outputs, one column per leaf, after checking that they fit together.
 
@@ -177,6 +181,7 @@ def check_outputs(
         rows: how many each must have.
         names: what messages call the branches.
         device: where they must be: that of the plan.
+        losses: whether there may be auxiliary ones, 0-dim tensors beside those with rows.
 
     Raises:
         ValueError: another structure, shape, number of rows or device. TypeError: another dtype, or
@@ -193,14 +198,20 @@ def check_outputs(
             )
         flat.append(leaves)
     columns = list(zip(*flat, strict=True))
+    losses = losses and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in flat[0])
     for position, column in enumerate(columns):
         first = column[0]
+        if losses and all(map(tree.is_scalar, column)):
+            continue
         for name, leaf, count in zip(names, column, rows, strict=True):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
                 if (isinstance(first, Tensor) and first.ndim > 0) or isinstance(leaf, Tensor):
+                    lone = losses and tree.is_scalar(leaf)
                     raise ValueError(
                         f"{name}: output {position} must be a tensor of shape [{count}, "
                         f"...], one row per sample; got {_describe(leaf)}"
+                        + ", which is a loss only where every branch returns one"
+                        * lone
                     )
                 continue
             if leaf.layout is not torch.strided:

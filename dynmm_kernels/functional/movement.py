@@ -106,7 +106,7 @@ def combine(
     if checks.single_tensors_fit(given, rows, device):
         return combine_rows(plan, given, starts, weights)
     names = [f"branch {b}" for b in active]
-    columns, spec = checks.check_outputs(given, rows, names, device)
+    columns, spec = checks.check_outputs(given, rows, names, device, losses=False)
     combined = [combine_rows(plan, column, starts, weights) for column in columns]
     return tree.unflatten(combined, spec)
 
@@ -224,6 +224,12 @@ def combine_selected(
     return learning.CombineSelected.apply(
         plan, own, starts[count:], index, count, hidden, probs, *outputs, *others
     )
+
+
+def total(losses: Sequence[Tensor], ran: Tensor | None = None) -> Tensor:
+    """The sum of auxiliary losses, in memory of its own; `ran`, bool [B], says which count."""
+    column = torch.stack([*same_dtype(losses)])
+    return (column if ran is None else torch.where(ran, column, 0)).sum()
 
 
 def touch(

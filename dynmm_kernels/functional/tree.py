@@ -133,6 +133,15 @@ def zeros_like(like: Any, num_rows: int, device: torch.device) -> Any:
     return unflatten(leaves, spec)
 
 
+def is_scalar(leaf: Any) -> bool:
+    """Whether it is a floating tensor without dimensions: an auxiliary loss, among outputs."""
+    return isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point()
+
+
+def holds_scalar(tree: Any) -> bool:
+    return any(map(is_scalar, flatten(tree)[0]))
+
+
 def find_rows(
     leaves: list[Any], where: str, num_rows: int | None = None
 ) -> tuple[list[int], int | None, torch.device | None]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import movement, selecting
+from ..functional import movement, selecting, tree
 from ..functional.movement import carries_gradient
 from ..functional.plan import RoutingPlan
 from .rules import TOP_ONE, UNIFORM, Rule
@@ -52,6 +52,11 @@ class Decision(NamedTuple):
         assert self.plan is not None
         return self.rule.selected(self.choice, self.plan.num_branches)
 
+    @property
+    def chosen(self) -> Tensor | None:
+        """bool [B]: the branches that somebody chose; None: all."""
+        return None if self.choice is None else self.selected.any(0)
+
     def weights(self) -> Tensor:
         """[N, B]: what multiplies the branches, with all of the gate's gradient."""
         if self.choice is None:
@@ -74,7 +79,9 @@ class Decision(NamedTuple):
         return weights if self.exact else torch.where(self.selected, weights, 0)
 
     def blend(self, column: Sequence[Any], multipliers: Tensor) -> Any:
-        """The weighted sum of one leaf of every branch."""
+        """The weighted sum of one leaf of every branch; the plain one of auxiliary losses."""
+        if tree.is_scalar(column[0]):
+            return movement.total(column, self.chosen)
         if self.rule is UNIFORM:
             multipliers = _equal_weights(multipliers, column)
         return blend(column, multipliers, self.soft, self.rule)

@@ -13,6 +13,7 @@ from .draw import Draw
 from .networks import (
     FAULTS,
     FEATURES,
+    LOSSES,
     NO_HALF,
     STRUCTURES,
     Gate,
@@ -141,7 +142,7 @@ def draw_branch(
     fits = one and structure == "tensor" and reads[0].tensor.shape[1:] == (FEATURES,)
     if style == "identity" and fits:
         return Reader(nn.Identity(), reads), selector
-    normed = style == "batch norm"
+    normed = style == "batch norm" and structure not in LOSSES
     network: nn.Module = Network(draw, reads, dtype, structure, batch_norm=normed)
     in_place = style == "in place" and one
     if in_place:

@@ -131,9 +131,10 @@ def answer(model: Model, routing: Any, record_all: bool) -> Answer:
         raise Skip("no sample has a branch, so nothing says what a row looks like")
     empty = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in filled]
     leaves = [
-        torch.cat(column) if isinstance(column[0], Tensor) else column[0]
+        torch.cat(column) if isinstance(column[0], Tensor) and column[0].ndim else column[0]
         for column in zip(*(part or empty for part in parts), strict=True)
     ]
+    add_losses(model, leaves, weights.detach() != 0, record_all)
     soft = model.fusion.execution == "dense" and model.choice is None
     return Answer(
         leaves,
@@ -141,6 +142,23 @@ def answer(model: Model, routing: Any, record_all: bool) -> Answer:
         None if soft or columns[1][0] is None else torch.cat(columns[1]),
         None if columns[2][0] is None else torch.cat(columns[2]),
     )
+
+
+def add_losses(model: Model, leaves: list[Any], chosen: Tensor, record_all: bool) -> None:
+    """Auxiliary losses, of the rows that each branch runs on, where somebody chose it."""
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.ndim]
+    soft = model.fusion.execution == "dense" and model.choice is None
+    soft = soft or (isinstance(model.choice, str) and model.choice == "uniform")
+    whole = soft or model.fusion.execution == "masked"
+    for i in places:
+        leaves[i] = torch.zeros((), dtype=leaves[i].dtype)
+    for b, reader in enumerate(model.branches if places else ()):
+        counts = soft or bool(chosen[:, b].any())
+        if not (counts or record_all):
+            continue
+        output = list(flat(reader(slice(None) if whole or not counts else chosen[:, b])))
+        for i in places:
+            leaves[i] = leaves[i] + (output[i] if counts else 0.0 * output[i])
 
 
 def branch_runner(model: Model, index: int, chosen: Tensor):
@@ -169,7 +187,7 @@ def mixed_leaves(outputs: list[list[Any] | None], weights: Tensor) -> list[Any] 
         return None
     leaves = []
     for place, like in enumerate(present[0][1]):
-        if not isinstance(like, Tensor):
+        if not isinstance(like, Tensor) or not like.ndim:
             leaves.append(like)
             continue
         total: Any = 0

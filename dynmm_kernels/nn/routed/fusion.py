@@ -29,7 +29,9 @@ class RoutedFusion(Adaptive):
     Args:
         gate: module or `Branch`, called like a branch; returns logits [N, B].
         branches: modules or `Branch`es, a sequence or a dict by name. All return the same
-            structure: a tensor [n, ...] or a pytree of such.
+            structure: a tensor [n, ...] or a pytree of such. Beside these, 0-dim floating tensors
+            are auxiliary losses: each branch's of the rows it ran on, summed unweighted over the
+            branches that somebody chose (dense: all of them). With these, "auto" is "routed".
         execution: "routed": each branch on its own samples only. "masked": every branch on every
             sample, times 0 or 1. "dense": every branch on every sample, times its probability.
             "auto": routed or masked, whichever was measured to be faster here for such batches;

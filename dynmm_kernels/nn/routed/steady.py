@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...functional import sorting
+from torch import Tensor
+
+from ...functional import movement, sorting
 from ...functional.filled import LEAST, fill
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments
@@ -45,6 +47,9 @@ class Steady(Routed):
         if others:
             (self.others,) = others
         self.whole = {} if subset_norm else self._run_coupled()
+
+    def _total(self, losses: Sequence[Tensor]) -> Tensor:
+        return movement.total(losses, self.decision.chosen)
 
     def _are_mirrored(self) -> bool:
         return False

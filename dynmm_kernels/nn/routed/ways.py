@@ -17,7 +17,7 @@ from ..decision import Decision
 from ..processes import TENSORS
 from ..tracing import refuse_routed
 from .execution import Result, Routed, run_everywhere
-from .flat import ALONE, run_flat
+from .flat import ALONE, bar_losses, run_flat
 from .selecting import run_selecting
 from .steady import Steady
 
@@ -59,7 +59,7 @@ def run(
         fusion.chooser.last = reason
         return routed()
 
-    return run_faster(
+    result = run_faster(
         fusion.chooser,
         (decision.grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
         plan.num_rows,
@@ -68,6 +68,8 @@ def run(
         (routed, lambda: run_selecting(branches, batch, decision)),
         lambda result: (tree.flatten(result[0])[0], batch.tensors()),
     )
+    bar_losses(fusion.chooser, result[0])
+    return result
 
 
 def _settled(
