@@ -174,6 +174,7 @@ def check_outputs(
     names: Sequence[str],
     device: torch.device,
     losses: bool = True,
+    widths: bool = False,
 ) -> tuple[list[tuple[Any, ...]], tree.Spec]:
     """The leaves of all outputs, one column per leaf, after checking that they fit together.
 
@@ -182,6 +183,7 @@ def check_outputs(
         names: what messages call the branches.
         device: where they must be: that of the plan.
         losses: whether there may be auxiliary ones, 0-dim tensors beside those with rows.
+        widths: whether they may differ in dim 1, which they must have then.
 
     Raises:
         ValueError: another structure, shape, number of rows or device. TypeError: another dtype, or
@@ -226,10 +228,17 @@ def check_outputs(
                     f"{name}: output {position} must have {count} rows, one per sample it "
                     f"received; got shape {list(leaf.shape)}"
                 )
-            if leaf.shape[1:] != first.shape[1:]:
+            if widths and leaf.ndim < 2:
+                raise ValueError(
+                    f"{name}: output {position} must have a dimension 1 to concatenate along; got "
+                    f"shape {list(leaf.shape)}"
+                )
+            if leaf.shape[1 + widths :] != first.shape[1 + widths :]:
                 raise ValueError(
                     f"{name}: output {position} has rows of shape {list(leaf.shape[1:])}, "
                     f"those of {names[0]} have {list(first.shape[1:])}; they must be equal"
+                    + ", but for dimension 1"
+                    * widths
                 )
             if leaf.dtype != first.dtype and not torch.is_autocast_enabled(leaf.device.type):
                 raise TypeError(

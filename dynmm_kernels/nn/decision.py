@@ -82,9 +82,11 @@ class Decision(NamedTuple):
         """The weighted sum of one leaf of every branch; the plain one of auxiliary losses."""
         if tree.is_scalar(column[0]):
             return movement.total(column, self.chosen)
-        if self.rule is UNIFORM:
-            multipliers = _equal_weights(multipliers, column)
-        return blend(column, multipliers, self.soft, self.rule)
+        return blend(column, self.fitting(multipliers, column), self.soft, self.rule)
+
+    def fitting(self, multipliers: Tensor, column: Sequence[Any]) -> Tensor:
+        """The multipliers, where all are equal as precise as the outputs are."""
+        return _equal_weights(multipliers, column) if self.rule is UNIFORM else multipliers
 
 
 def uniform(num_rows: int, num_columns: int, like: Tensor) -> Decision:
