@@ -252,7 +252,8 @@ def touch(
     places = [i for i, leaf in enumerate(leaves) if carries_gradient(leaf)]
     if not (wanting and places and torch.is_grad_enabled()):
         return leaves
-    outputs = [leaves[i].clone() if leaves[i]._is_view() else leaves[i] for i in places]
+    with torch._C.DisableTorchFunctionSubclass():  # of a subclass even a clone is a view
+        outputs = [leaves[i].clone() if leaves[i]._is_view() else leaves[i] for i in places]
     zeros = [id(tensor) in sparse for tensor in wanting]
     touched = learning.Touch.apply(len(outputs), zeros, hidden, *outputs, *wanting)
     for i, leaf in zip(places, touched, strict=True):

@@ -54,6 +54,8 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "on another device": lambda output: output.to("meta"),
     "no tensor": lambda output: "text",
 }
+OF_WIDTHS = ("tensor", "expanded", "empty rows", "subclass")  # one tensor, of their own width
+FLAT = ("vector", "nested")  # with vectors, which have nothing to be concatenated along
 LOSSES = ("with loss", "losses")
 NO_HALF = (*LOSSES, "with complex", "complex", "with integers", "with bools", "integers", "bools")
 

@@ -152,6 +152,17 @@ def test_forced(kind, fill, execution, choice):
 
 
 @for_kinds
+def test_uniform_is_as_precise_as_the_outputs(kind):
+    branches = [Function(lambda x, b=b: x.double() + b) for b in range(BRANCHES)]
+    x = torch.randn(N, 1)
+    out = RoutedFusion(mlp(3), branches, outputs=kind, fill=1.0)(x, choice="uniform")
+    parts = out.values() if kind == "dict" else out.unbind(1)
+    for b, part in enumerate(parts):
+        wanted = (x.double()[:, 0] + b) / 3 + (1 - 1 / 3)
+        torch.testing.assert_close(part.view(N), wanted, rtol=1e-15, atol=1e-15)
+
+
+@for_kinds
 @pytest.mark.parametrize("execution", ["routed", "masked"])
 def test_integers_and_bools(kind, execution):
     branches = [

@@ -215,11 +215,10 @@ class RoutedApart(Routed):
             rows = column[0].to(torch.uint8) if flags else column[0]
             placed = movement.combine_rows(self.plan, [rows], starts[:1], weights)
             return placed.bool() if flags else placed
-        mine = torch.arange(index.shape[1], device=index.device) == b
-        probs, slots = self.decision.probs, torch.where(mine, index, -1)
+        probs = self.decision.probs
         assert probs is not None  # the gate learns through them
         hidden = None if len(column) == 1 else lambda: self.branches[b].read_from(self.batch)
-        return movement.combine_selected(self.plan, column, starts, 1, probs, slots, hidden)
+        return movement.combine_selected(self.plan, column, starts, 1, probs, index, hidden)
 
     def _loss(self, b: int, loss: Tensor) -> Tensor:
         chosen = self.decision.chosen
