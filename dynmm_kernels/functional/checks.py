@@ -200,15 +200,14 @@ def check_outputs(
             )
         flat.append(leaves)
     columns = list(zip(*flat, strict=True))
-    losses = losses and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in flat[0])
     for position, column in enumerate(columns):
         first = column[0]
-        if losses and all(map(tree.is_scalar, column)):
+        if losses and tree.is_scalar(first) and _are_losses(column, flat[0]):
             continue
         for name, leaf, count in zip(names, column, rows, strict=True):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
                 if (isinstance(first, Tensor) and first.ndim > 0) or isinstance(leaf, Tensor):
-                    lone = losses and tree.is_scalar(leaf)
+                    lone = losses and tree.is_scalar(leaf) and _are_losses([leaf], flat[0])
                     raise ValueError(
                         f"{name}: output {position} must be a tensor of shape [{count}, "
                         f"...], one row per sample; got {_describe(leaf)}"
@@ -246,6 +245,12 @@ def check_outputs(
                     f"{names[0]} is {first.dtype}; branches must agree on the dtype"
                 )
     return columns, spec
+
+
+def _are_losses(column: Sequence[Any], leaves: Sequence[Any]) -> bool:
+    """Whether a leaf of every branch is a loss; `leaves`: all of the first branch."""
+    beside = any(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves)
+    return beside and all(map(tree.is_scalar, column))
 
 
 def check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:

@@ -226,12 +226,6 @@ def combine_selected(
     )
 
 
-def total(losses: Sequence[Tensor], ran: Tensor | None = None) -> Tensor:
-    """The sum of auxiliary losses, in memory of its own; `ran`, bool [B], says which count."""
-    column = torch.stack([*same_dtype(losses)])
-    return (column if ran is None else torch.where(ran, column, 0)).sum()
-
-
 def touch(
     leaves: Sequence[Any],
     tensors: Iterable[Tensor],

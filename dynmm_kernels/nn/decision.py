@@ -81,7 +81,7 @@ class Decision(NamedTuple):
     def blend(self, column: Sequence[Any], multipliers: Tensor) -> Any:
         """The weighted sum of one leaf of every branch; the plain one of auxiliary losses."""
         if tree.is_scalar(column[0]):
-            return movement.total(column, self.chosen)
+            return sum_losses(column, self.chosen)
         return blend(column, self.fitting(multipliers, column), self.soft, self.rule)
 
     def fitting(self, multipliers: Tensor, column: Sequence[Any]) -> Tensor:
@@ -117,6 +117,12 @@ def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Rule = TOP_O
     for weight, output in zip(others, column[1:], strict=True):
         total = total + weight * output
     return total.to(movement.widest_dtype(column))
+
+
+def sum_losses(losses: Sequence[Tensor], chosen: Tensor | None = None) -> Tensor:
+    """The sum of auxiliary losses, in memory of its own; `chosen`: bool [B]; None: all."""
+    column = torch.stack([*movement.same_dtype(losses)])
+    return (column if chosen is None else torch.where(chosen, column, 0)).sum()
 
 
 def _equal_weights(like: Tensor, column: Sequence[Any]) -> Tensor:

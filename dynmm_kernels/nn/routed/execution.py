@@ -13,7 +13,7 @@ from ...functional.filled import FilledPlan
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments, gather_arguments
 from ..branch import Branch, forward_only
-from ..decision import Decision
+from ..decision import Decision, sum_losses
 from ..memory import apart, versions
 
 Result = tuple[Any, tuple[int, ...]]  # the output, and the rows that each branch processed
@@ -172,7 +172,7 @@ class Routed:
 
     def _total(self, losses: Sequence[Tensor]) -> Tensor:
         """Of the branches that somebody chose."""
-        return movement.total(losses)
+        return sum_losses(losses)
 
     def _learn(self, outputs: list[Any], rest: Rest | None) -> tuple[list[Any], tree.Spec]:
         """Combines `outputs` so that the gate learns, also from the `rest` where there is one."""

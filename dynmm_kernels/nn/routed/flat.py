@@ -16,6 +16,7 @@ from ...functional import autograd, checks, movement, ranges, selecting, sorting
 from ..adaptive import FLAT, run_faster
 from ..branch import Branch
 from ..chooser import Chooser
+from ..decision import sum_losses
 from ..gates import ask, ask_unnamed
 from ..memory import apart
 
@@ -138,7 +139,7 @@ def _run_rows(
         if not isinstance(column[0], Tensor)
         else steps.combine(inverse, movement.same_dtype(column), starts)
         if column[0].ndim
-        else movement.total(column)
+        else sum_losses(column)
         for column in columns
     ]
     return tree.unflatten(combined, spec)
@@ -164,7 +165,7 @@ def _run_whole(
         if not isinstance(column[0], Tensor)
         else steps.select(movement.same_dtype(column), inverse, starts)
         if column[0].ndim
-        else movement.total([column[b] for b in chosen])
+        else sum_losses([column[b] for b in chosen])
         for column in columns
     ]
     return tree.unflatten(combined, spec)

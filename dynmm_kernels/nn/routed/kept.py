@@ -12,7 +12,7 @@ from ...functional import checks, movement, selecting, tree
 from ...functional.filled import LEAST, fill
 from ..arguments import Arguments
 from ..branch import Branch, forward_only
-from ..decision import Decision, blend
+from ..decision import Decision, blend, sum_losses
 from ..rules import as_column
 from .execution import Rest, Result, Routed, run_rows
 from .steady import Steady
@@ -86,7 +86,7 @@ class Kept(NamedTuple):
         if not isinstance(column[0], Tensor):
             return column[0]
         if not column[0].ndim:
-            return movement.total(column)
+            return sum_losses(column)
         column = movement.same_dtype(column)
         return torch.stack([*column], 1) if self.kind == "stack" else torch.cat([*column], 1)
 
@@ -100,7 +100,7 @@ def run_whole(
 ) -> Result:
     """Every branch on every sample, as `run_everywhere` and, if it `selects`, `run_selecting`."""
     multipliers = decision.multipliers()
-    chosen, num_rows = decision.chosen, multipliers.shape[0]
+    num_rows = multipliers.shape[0]
     rows_run = (num_rows,) * len(branches)
     outputs = [branch.call_whole(batch, num_rows) for branch in branches]
     given = kept.check(branches, outputs, rows_run, multipliers.device)
@@ -109,7 +109,7 @@ def run_whole(
         if not isinstance(leaf, Tensor):
             return leaf
         if not leaf.ndim:
-            return leaf.clone() if chosen is None else torch.where(chosen[b], leaf, 0)
+            return _loss(b, leaf, decision)
         weights = decision.fitting(multipliers, [leaf])[:, b : b + 1]
         if not (selects and movement.carries_gradient(leaf)):
             output = blend([leaf], weights, decision.soft)
@@ -119,6 +119,12 @@ def run_whole(
 
     parts = [([place(b, leaf) for leaf in leaves], spec) for b, (leaves, spec) in enumerate(given)]
     return kept.join(parts, [str(branch.name) for branch in branches]), rows_run
+
+
+def _loss(b: int, loss: Tensor, decision: Decision) -> Tensor:
+    """An auxiliary loss, where somebody chose its branch."""
+    chosen = decision.chosen
+    return loss.clone() if chosen is None else torch.where(chosen[b], loss, 0)
 
 
 def _select(leaf: Tensor, weights: Tensor, decision: Decision) -> Tensor:
@@ -207,7 +213,7 @@ class RoutedApart(Routed):
         if not isinstance(first, Tensor):
             return first
         if not first.ndim:
-            return self._loss(b, first) if own else first.new_zeros(())
+            return _loss(b, first, self.decision) if own else first.new_zeros(())
         if not own:  # everybody is of the rest
             column, starts = [first[:0], *column], [self.plan.starts[b], *starts]
         if index is None or not movement.carries_gradient(first):
@@ -219,10 +225,6 @@ class RoutedApart(Routed):
         assert probs is not None  # the gate learns through them
         hidden = None if len(column) == 1 else lambda: self.branches[b].read_from(self.batch)
         return movement.combine_selected(self.plan, column, starts, 1, probs, index, hidden)
-
-    def _loss(self, b: int, loss: Tensor) -> Tensor:
-        chosen = self.decision.chosen
-        return loss.clone() if chosen is None else torch.where(chosen[b], loss, 0)
 
     def _probe(self) -> list[Any]:
         """What branches nobody chose return, for its structure and shapes; without a graph."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...functional import movement, sorting
+from ...functional import sorting
 from ...functional.filled import LEAST, fill
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments
 from ..branch import Branch, forward_only
-from ..decision import Decision
+from ..decision import Decision, sum_losses
 from .execution import Rest, Routed
 
 
@@ -49,7 +49,7 @@ class Steady(Routed):
         self.whole = {} if subset_norm else self._run_coupled()
 
     def _total(self, losses: Sequence[Tensor]) -> Tensor:
-        return movement.total(losses, self.decision.chosen)
+        return sum_losses(losses, self.decision.chosen)
 
     def _are_mirrored(self) -> bool:
         return False
