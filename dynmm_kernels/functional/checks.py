@@ -33,7 +33,8 @@ def check_selection(selection: Any, num_branches: Any) -> None:
         raise ValueError(f"route: num_branches must be in 1..{MAX_BRANCHES}; got {num_branches}")
     shape = list(selection.shape)
     if selection.dtype == torch.bool:
-        if len(shape) != 2 or shape[1] != num_branches:
+        flat = len(shape) == 1 and num_branches == 1
+        if not flat and (len(shape) != 2 or shape[1] != num_branches):
             raise ValueError(
                 f"route: a bool mask must have shape [N, num_branches] = [N, {num_branches}]; "
                 f"got {shape}"
@@ -168,7 +169,12 @@ def single_tensors_fit(outputs: Sequence[Any], rows: Sequence[int], device: torc
 
 
 def check_outputs(
-    outputs: Sequence[Any], rows: Sequence[int], names: Sequence[str], device: torch.device
+    outputs: Sequence[Any],
+    rows: Sequence[int],
+    names: Sequence[str],
+    device: torch.device,
+    losses: bool = True,
+    widths: bool = False,
 ) -> tuple[list[tuple[Any, ...]], tree.Spec]:
     """The leaves of all outputs, one column per leaf, after checking that they fit together.
 
@@ -176,6 +182,8 @@ def check_outputs(
         rows: how many each must have.
         names: what messages call the branches.
         device: where they must be: that of the plan.
+        losses: whether there may be auxiliary ones, 0-dim tensors beside those with rows.
+        widths: whether they may differ in dim 1, which they must have then.
 
     Raises:
         ValueError: another structure, shape, number of rows or device. TypeError: another dtype, or
@@ -194,12 +202,17 @@ def check_outputs(
     columns = list(zip(*flat, strict=True))
     for position, column in enumerate(columns):
         first = column[0]
+        if losses and tree.is_scalar(first) and _are_losses(column, flat[0]):
+            continue
         for name, leaf, count in zip(names, column, rows, strict=True):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
                 if (isinstance(first, Tensor) and first.ndim > 0) or isinstance(leaf, Tensor):
+                    lone = losses and tree.is_scalar(leaf) and _are_losses([leaf], flat[0])
                     raise ValueError(
                         f"{name}: output {position} must be a tensor of shape [{count}, "
                         f"...], one row per sample; got {_describe(leaf)}"
+                        + ", which is a loss only where every branch returns one"
+                        * lone
                     )
                 continue
             if leaf.layout is not torch.strided:
@@ -214,10 +227,17 @@ def check_outputs(
                     f"{name}: output {position} must have {count} rows, one per sample it "
                     f"received; got shape {list(leaf.shape)}"
                 )
-            if leaf.shape[1:] != first.shape[1:]:
+            if widths and leaf.ndim < 2:
+                raise ValueError(
+                    f"{name}: output {position} must have a dimension 1 to concatenate along; got "
+                    f"shape {list(leaf.shape)}"
+                )
+            if leaf.shape[1 + widths :] != first.shape[1 + widths :]:
                 raise ValueError(
                     f"{name}: output {position} has rows of shape {list(leaf.shape[1:])}, "
                     f"those of {names[0]} have {list(first.shape[1:])}; they must be equal"
+                    + ", but for dimension 1"
+                    * widths
                 )
             if leaf.dtype != first.dtype and not torch.is_autocast_enabled(leaf.device.type):
                 raise TypeError(
@@ -225,6 +245,12 @@ def check_outputs(
                     f"{names[0]} is {first.dtype}; branches must agree on the dtype"
                 )
     return columns, spec
+
+
+def _are_losses(column: Sequence[Any], leaves: Sequence[Any]) -> bool:
+    """Whether a leaf of every branch is a loss; `leaves`: all of the first branch."""
+    beside = any(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves)
+    return beside and all(map(tree.is_scalar, column))
 
 
 def check_weights(weights: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:

@@ -11,33 +11,42 @@ from torch import Tensor
 from .. import ops
 from . import autograd, checks, learning, ranges, traced, tree
 from .filled import FilledPlan
+from .parts import Selection, split_parts
 from .plan import RoutingPlan
 
 
-def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
+def gather(plan: RoutingPlan, tensors: Any, select: Selection | None = None) -> list[Any]:
     """Each branch's own rows.
 
     Args:
         plan: from `route`.
         tensors: a tensor [N, ...] or a pytree of such; None, numbers, 0-dim tensors and
             `Shared` tensors pass through.
+        select: what each branch reads of a list, tuple or dict of parts: for every branch a
+            position or key, or a sequence of these. Nothing else moves. None: all of it.
 
     Returns:
-        A list over the branches: the same pytree with leaves [n_b, ...]. Memory format is kept.
+        A list over the branches: the same pytree with leaves [n_b, ...], or what was selected of
+        it: the part itself for a bare key, else a list, tuple or dict of parts. Memory format is
+        kept.
 
     Raises:
-        ValueError: a tensor's dim 0 is not N, or it is on another device than the plan.
+        ValueError: a tensor's dim 0 is not N, or it is on another device than the plan; or a
+            part that is not there.
 
     Example:
         >>> from dynmm_kernels import gather, route
         >>> plan = route(torch.tensor([1, 0, 1]), 2)
-        >>> gather(plan, torch.tensor([10, 20, 30]))
+        >>> text, image = torch.tensor([10, 20, 30]), torch.tensor([1, 2, 3])
+        >>> gather(plan, text)
         [tensor([20]), tensor([10, 30])]
+        >>> gather(plan, [text, image], select=[[0], [0, 1]])
+        [[tensor([20])], [tensor([10, 30]), tensor([1, 3])]]
     """
+    if select is not None:
+        return _gather_parts(plan, tensors, select)
     leaves, spec = tree.flatten(tensors)
-    rows, _, _ = tree.find_rows(leaves, "gather", plan.num_rows)
-    for i in rows:
-        checks.check_source(leaves[i], plan)
+    rows = _rows_of(plan, leaves)
     branches = range(plan.num_branches)
     sources = [leaves[i] for i in rows]
     index = [i for _ in branches for i in range(len(rows))]
@@ -45,14 +54,16 @@ def gather(plan: RoutingPlan, tensors: Any) -> list[Any]:
     gathered = iter(gather_rows(plan, sources, index, moved) if moved else ())
     results = []
     for _ in branches:
-        own = [leaf.tensor if isinstance(leaf, tree.Shared) else leaf for leaf in leaves]
+        own = [*map(_unwrapped, leaves)]
         for i in rows:
             own[i] = next(gathered)
         results.append(tree.unflatten(own, spec))
     return results
 
 
-def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = None) -> Any:
+def combine(
+    plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = None, *, like: Any = None
+) -> Any:
     """Puts the branches' outputs back in sample order: the transpose of `gather`.
 
     out[n] = sum_j weights[n, j] * outputs[branch(n, j)][row], summed in rank order in fp32 (fp64
@@ -61,7 +72,11 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
     Args:
         plan: the plan the rows were gathered with.
         outputs: one pytree per branch, leaves [n_b, ...]; None where the branch has no rows.
-        weights: floating [N, k], or [N] where k is 1.
+        weights: floating [N, k], or [N] where k is 1. Of a plan from a bool mask k is B, and
+            weights[n, b] multiplies branch b; those of branches that are False are not read.
+        like: what an output looks like, where no branch has rows and every output is None: a
+            pytree of tensors with any number of rows, on any device (meta, too). The result are
+            zeros [N, ...] of these shapes and dtypes.
 
     Raises:
         ValueError, TypeError: an output whose structure, row count, shape or dtype differs; the
@@ -80,20 +95,50 @@ def combine(plan: RoutingPlan, outputs: Sequence[Any], weights: Tensor | None = 
         )
     counts, begin = plan.counts, plan.host_header
     active = [b for b, output in enumerate(outputs) if output is not None]
-    if not active:
-        raise ValueError("combine: every output is None, so the shape of the result is unknown")
     given = [outputs[b] for b in active]
     rows, starts = [counts[b] for b in active], [begin[b] for b in active]
     if sum(rows) < begin[plan.num_branches]:
         b = next(b for b, count in enumerate(counts) if count and outputs[b] is None)
         raise ValueError(f"combine: branch {b} has {counts[b]} rows but no output")
     device = plan.order.device
+    if not active:
+        return tree.zeros_like(like, plan.num_rows, device)
     if checks.single_tensors_fit(given, rows, device):
         return combine_rows(plan, given, starts, weights)
     names = [f"branch {b}" for b in active]
-    columns, spec = checks.check_outputs(given, rows, names, device)
+    columns, spec = checks.check_outputs(given, rows, names, device, losses=False)
     combined = [combine_rows(plan, column, starts, weights) for column in columns]
     return tree.unflatten(combined, spec)
+
+
+def _gather_parts(plan: RoutingPlan, tensors: Any, select: Selection) -> list[Any]:
+    """`gather` of what each branch selects; what it names twice moves once."""
+    leaves, owns = split_parts(tensors, select, plan.num_branches)
+    used = sorted({i for places, _ in owns for i in places})
+    leaves = [leaves[i] for i in used]
+    rows = _rows_of(plan, leaves)
+    moves = [(b, i) for b, (places, _) in enumerate(owns) for i in rows if used[i] in places]
+    sources, place_of = [leaves[i] for i in rows], {i: at for at, i in enumerate(rows)}
+    index, branches = [place_of[i] for _, i in moves], [b for b, _ in moves]
+    gathered = gather_rows(plan, sources, index, branches) if moves else ()
+    parts = dict(zip(((b, used[i]) for b, i in moves), gathered, strict=True))
+    whole = {i: _unwrapped(leaf) for i, leaf in zip(used, leaves, strict=True)}
+    return [
+        tree.unflatten([parts.get((b, i), whole[i]) for i in places], spec)
+        for b, (places, spec) in enumerate(owns)
+    ]
+
+
+def _rows_of(plan: RoutingPlan, leaves: list[Any]) -> list[int]:
+    """Positions of what moves, after checking that it can."""
+    rows, _, _ = tree.find_rows(leaves, "gather", plan.num_rows)
+    for i in rows:
+        checks.check_source(leaves[i], plan)
+    return rows
+
+
+def _unwrapped(leaf: Any) -> Any:
+    return leaf.tensor if isinstance(leaf, tree.Shared) else leaf
 
 
 @ranges.phase("gather")
@@ -201,7 +246,8 @@ def touch(
     places = [i for i, leaf in enumerate(leaves) if carries_gradient(leaf)]
     if not (wanting and places and torch.is_grad_enabled()):
         return leaves
-    outputs = [leaves[i].clone() if leaves[i]._is_view() else leaves[i] for i in places]
+    with torch._C.DisableTorchFunctionSubclass():  # of a subclass even a clone is a view
+        outputs = [leaves[i].clone() if leaves[i]._is_view() else leaves[i] for i in places]
     zeros = [id(tensor) in sparse for tensor in wanting]
     touched = learning.Touch.apply(len(outputs), zeros, hidden, *outputs, *wanting)
     for i, leaf in zip(places, touched, strict=True):

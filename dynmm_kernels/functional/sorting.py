@@ -25,7 +25,7 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
 
     Args:
         selection: integer [N] or [N, k], each value a branch in 0..B-1 or -1 for no branch; or
-            bool [N, B], True where the sample takes the branch.
+            bool [N, B], True where the sample takes the branch; [N] will do where B is 1.
         num_branches: B.
 
     Raises:
@@ -54,6 +54,8 @@ def route(selection: Tensor, num_branches: int) -> RoutingPlan:
             # A value past int64 wraps to a negative one: out of range, but never "no branch".
             wide = selection.long()
             selection = torch.where(wide < 0, num_branches, wide)
+        elif selection.dtype == torch.bool and selection.ndim == 1:
+            given = selection = selection.unsqueeze(1)
         if not has_values(selection):
             return DeferredPlan(selection, num_branches)
     elif is_dynamo_compiling():

@@ -114,6 +114,34 @@ def tensors_in(leaves: list[Any]) -> list[Tensor]:
     return [leaf for leaf in plain if isinstance(leaf, Tensor)]
 
 
+def zeros_like(like: Any, num_rows: int, device: torch.device) -> Any:
+    """`like` with zeros [num_rows, ...] for its tensors: what `combine` makes of nobody's rows."""
+    if like is None:
+        raise ValueError(
+            "combine: every output is None, so the shape of the result is unknown; give like=, a "
+            "tensor with such rows"
+        )
+    leaves, spec = flatten(like)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim == 0:
+                raise ValueError(
+                    "combine: like must hold tensors with rows; got one of 0 dimensions"
+                )
+            shape = num_rows, *leaf.shape[1:]
+            leaves[i] = torch.zeros(shape, dtype=leaf.dtype, device=device)
+    return unflatten(leaves, spec)
+
+
+def is_scalar(leaf: Any) -> bool:
+    """Whether it is a floating tensor without dimensions: an auxiliary loss, among outputs."""
+    return isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point()
+
+
+def holds_scalar(tree: Any) -> bool:
+    return any(map(is_scalar, flatten(tree)[0]))
+
+
 def find_rows(
     leaves: list[Any], where: str, num_rows: int | None = None
 ) -> tuple[list[int], int | None, torch.device | None]:

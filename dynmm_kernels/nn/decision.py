@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import movement, selecting
+from ..functional import movement, selecting, tree
 from ..functional.movement import carries_gradient
 from ..functional.plan import RoutingPlan
 from .rules import TOP_ONE, UNIFORM, Rule
@@ -54,6 +54,11 @@ class Decision:
         assert self.plan is not None
         return self.rule.selected(self.choice, self.plan.num_branches)
 
+    @property
+    def chosen(self) -> Tensor | None:
+        """bool [B]: the branches that somebody chose; None: all."""
+        return None if self.choice is None else self.selected.any(0)
+
     def weights(self) -> Tensor:
         """[N, B]: what multiplies the branches, with all of the gate's gradient."""
         if self.choice is None:
@@ -76,10 +81,14 @@ class Decision:
         return weights if self.exact else torch.where(self.selected, weights, 0)
 
     def blend(self, column: Sequence[Any], multipliers: Tensor) -> Any:
-        """The weighted sum of one leaf of every branch."""
-        if self.rule is UNIFORM:
-            multipliers = _equal_weights(multipliers, column)
-        return blend(column, multipliers, self.soft, self.rule)
+        """The weighted sum of one leaf of every branch; the plain one of auxiliary losses."""
+        if tree.is_scalar(column[0]):
+            return sum_losses(column, self.chosen)
+        return blend(column, self.fitting(multipliers, column), self.soft, self.rule)
+
+    def fitting(self, multipliers: Tensor, column: Sequence[Any]) -> Tensor:
+        """The multipliers, where all are equal as precise as the outputs are."""
+        return _equal_weights(multipliers, column) if self.rule is UNIFORM else multipliers
 
 
 def uniform(num_rows: int, num_columns: int, like: Tensor) -> Decision:
@@ -110,6 +119,12 @@ def blend(column: Sequence[Any], weights: Tensor, soft: bool, rule: Rule = TOP_O
     for weight, output in zip(others, column[1:], strict=True):
         total = total + weight * output
     return total.to(movement.widest_dtype(column))
+
+
+def sum_losses(losses: Sequence[Tensor], chosen: Tensor | None = None) -> Tensor:
+    """The sum of auxiliary losses, in memory of its own; `chosen`: bool [B]; None: all."""
+    column = torch.stack([*movement.same_dtype(losses)])
+    return (column if chosen is None else torch.where(chosen, column, 0)).sum()
 
 
 def _equal_weights(like: Tensor, column: Sequence[Any]) -> Tensor:

@@ -113,6 +113,10 @@ class TopK(Rule):
         choice = logits.detach().topk(self.k, dim=1).indices
         return choice, sorting.route_unless(choice, self.undefined(logits), logits.shape[1])
 
+    def selected(self, choice: Tensor, num_branches: int) -> Tensor:
+        none = torch.zeros(len(choice), num_branches, dtype=torch.bool, device=choice.device)
+        return none.scatter(1, choice, True)
+
     def weights(self, choice: Tensor, probs: Tensor) -> Tensor:
         return torch.zeros_like(probs).scatter(1, choice, self.rank_weights(choice, probs))
 

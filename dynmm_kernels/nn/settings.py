@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 from weakref import WeakSet
@@ -21,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "gates_read": ("cells", "stages"),
     "gate_returns": ("logits", "probabilities", "weights"),
     "starved": ("skip", "run"),
+    "outputs": ("sum", "stack", "concat", "dict"),
 }
 
 
@@ -56,6 +58,8 @@ class Settings(nn.Module):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name == "temperature" and not (number and value > 0):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
+        if name == "fill" and not (number and math.isfinite(value)):
+            raise ValueError(f"{label}: fill must be a finite number; got {value!r}")
         if name == "gate":
             value = in_place_of(self._modules.get("gate"), value)
         super().__setattr__(name, value)

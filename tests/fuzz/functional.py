@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dynmm_kernels import Shared, combine, gather, route
 
-from .compare import Mismatch, Skip, require, same, same_gradients
+from .compare import Mismatch, require, same, same_gradients
 from .draw import LAYOUTS, Draw, laid_out
-from .trees import flat
+from .trees import flat, mapped
 
 DTYPES = {
     torch.float64: 8,
@@ -59,6 +59,8 @@ def draw_selection(draw: Draw, num_rows: int, num_branches: int) -> tuple[Tensor
     if kind == "mask":
         mask = draw.normal(num_rows, num_branches) > {"nobody": 99, "all to one": -99}.get(mix, 0.3)
         mask = laid_out(mask, draw.pick("layout of the selection", LAYOUTS))
+        if num_branches == 1 and draw.pick("flat mask", (False, True)):
+            return mask[:, 0], [[0 if taken else -1] for taken in mask[:, 0].tolist()]
         return mask, [[b if taken else -1 for b, taken in enumerate(row)] for row in mask.tolist()]
     ranks = draw.pick("ranks", (1, 2, 3)) if kind == "ranks" else 1
     low = -1 if draw.pick("samples without a branch", (False, True)) else 0
@@ -147,6 +149,39 @@ def check_gather(moved: Moved, plan: Any) -> None:
         shared = shared.tensor if isinstance(shared, Shared) else shared
         require(shared is table and got["b"][1] is scalar, "shared tensors", got["b"], "themselves")
 
+    check_selected(moved, plan, {"a": source, "b": (values, table), "c": values})
+
+
+def check_selected(moved: Moved, plan: Any, parts: dict[str, Any]) -> None:
+    """Each branch's own parts, by key or by position; the rest is not looked at."""
+    draw, keys = moved.draw, list(parts)
+    by_key = draw.pick("selected by", ("key", "position")) == "key"
+    names = keys if by_key else [*range(len(keys))]
+    kinds = [
+        draw.pick(f"selection of branch {b % 4}", ("one", "some", "one, bare", "all", "nothing"))
+        for b in range(moved.num_branches)
+    ]
+    chosen = {"one": names[:1], "some": names[::-2], "all": names, "nothing": []}
+    select = [names[-1] if kind == "one, bare" else chosen[kind] for kind in kinds]
+    pack = parts if by_key else [*parts.values()]
+    if not any(names[1] in own for own in select if isinstance(own, list)):
+        pack = {**pack, names[1]: torch.ones(9999)} if by_key else [pack[0], "text", pack[2]]
+    else:
+        parts["b"] = pack[names[1]] = (parts["b"][0], Shared(parts["b"][1]))
+    for branch, got in enumerate(gather(plan, pack, select)):
+        rows, own = moved.rows_of(branch), select[branch]
+        if not isinstance(own, list):
+            same(f"part of branch {branch}", got, values_at(parts["c"], rows), 0.0)
+            continue
+        require(len(got) == len(own), f"parts of branch {branch}", len(got), len(own))
+        for place, name in enumerate(own):
+            part = got[name] if by_key else got[place]
+            wanted = parts[keys[names.index(name)]]
+            if isinstance(wanted, tuple):
+                require(part[1] is wanted[1].tensor, "a shared part", part[1], wanted[1])
+                part, wanted = part[0], wanted[0]
+            same(f"part {name} of branch {branch}", part, values_at(wanted, rows), 0.0)
+
 
 def values_at(source: Tensor, rows: list[int]) -> Tensor:
     return source[torch.tensor(rows, dtype=torch.int64)]
@@ -205,7 +240,8 @@ def check_combine(moved: Moved, plan: Any) -> None:
     by_index = [values_at(x, moved.rows_of(b)) for b in range(moved.num_branches)]
     right = by_hand(moved, run(by_index), weights)
     if right is None:
-        raise Skip("nothing says what a row looks like")
+        check_nobody(moved, plan, structure(x.detach() @ matrices[0].detach()))
+        return
     flattened = weights is not None and ranks == 1 and draw.pick("weights [N]", (False, True))
     output = combine(
         plan,
@@ -225,6 +261,19 @@ def check_combine(moved: Moved, plan: Any) -> None:
         if weights is not None and weights.requires_grad:
             learners, names = [*learners, weights], [*names, "weights"]
         check_derivatives(order if dtype is torch.float64 else 1, names, learners, got, right)
+
+
+def check_nobody(moved: Moved, plan: Any, like: Any) -> None:
+    """Where every output is None: zeros that look like what they would be."""
+    on = moved.draw.pick("device of like", ("cpu", "meta"))
+    like = mapped(lambda leaf: leaf.to(on) if isinstance(leaf, Tensor) else leaf, like)
+    output = combine(plan, [None] * moved.num_branches, like=like)
+    for index, (mine, leaf) in enumerate(zip(flat(output), flat(like), strict=True)):
+        if isinstance(leaf, Tensor):
+            zeros = torch.zeros(plan.num_rows, *leaf.shape[1:], dtype=leaf.dtype)
+            same(f"output {index}", mine, zeros, 0.0)
+        else:
+            require(mine == leaf, f"output {index}", mine, leaf)
 
 
 def check_derivatives(

@@ -42,6 +42,8 @@ STRUCTURES: dict[str, Callable[[Tensor], Any]] = {
     "parameter": lambda h: nn.Parameter(h.detach().clone()),
     "subclass": lambda h: h.as_subclass(Marked),
     "twice": lambda h: (h, h),
+    "with loss": lambda h: {"a": h, "loss": h.square().sum()},
+    "losses": lambda h: (h.exp().sum(), [h[:, :2], h.sum()]),
 }
 FAULTS: dict[str, Callable[[Any], Any]] = {
     "none": lambda output: output,
@@ -52,7 +54,10 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "on another device": lambda output: output.to("meta"),
     "no tensor": lambda output: "text",
 }
-NO_HALF = ("with complex", "complex", "with integers", "with bools", "integers", "bools")
+OF_WIDTHS = ("tensor", "expanded", "empty rows", "subclass")  # one tensor, of their own width
+FLAT = ("vector", "nested")  # with vectors, which have nothing to be concatenated along
+LOSSES = ("with loss", "losses")
+NO_HALF = (*LOSSES, "with complex", "complex", "with integers", "with bools", "integers", "bools")
 
 
 class Network(nn.Module):

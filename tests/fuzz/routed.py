@@ -96,7 +96,8 @@ def upstream(model: Model, leaves: list[Any]) -> tuple[list[int], list[Tensor]]:
         leaf = leaves[index]
         values = model.draw.normal(*leaf.shape)
         values = torch.complex(values, 0.5 * values) if leaf.is_complex() else values
-        grads.append(laid_out(values.to(leaf.dtype), layout))
+        values = values.to(leaf.dtype)
+        grads.append(laid_out(values, layout) if leaf.ndim else values)
     return usable, grads
 
 

@@ -13,7 +13,10 @@ from .draw import Draw
 from .networks import (
     FAULTS,
     FEATURES,
+    FLAT,
+    LOSSES,
     NO_HALF,
+    OF_WIDTHS,
     STRUCTURES,
     Gate,
     Network,
@@ -36,6 +39,7 @@ CONTEXTS = {
 }
 DTYPES = {torch.float64: 12, torch.float32: 1, torch.float16: 0.5, torch.bfloat16: 0.5}
 ROWS = {3: 3, 0: 1, 1: 2, 2: 2, 4: 3, 5: 3, 6: 2, 7: 2, 8: 1, 9: 1, 33: 0.2, 1025: 0.005}
+INTEGRAL = ("with integers", "with bools", "integers", "bools")
 STYLES = {"network": 6, "in place": 1, "identity": 0.5, "batch norm": 0.7, "writes": 0.3}
 
 
@@ -94,7 +98,7 @@ class Model:
     num_rows: int
     dtype: torch.dtype
     arguments: tuple[Any, ...]
-    structure: str
+    structures: list[str]
     gate: Reader
     branches: list[Reader]
     fusion: RoutedFusion
@@ -137,7 +141,7 @@ class Model:
 
     @property
     def integral(self) -> bool:
-        return self.structure in ("with integers", "with bools", "integers", "bools")
+        return any(name in INTEGRAL for name in self.structures)
 
     @property
     def noisy(self) -> bool:
@@ -170,7 +174,7 @@ def draw_branch(
     fits = one and structure == "tensor" and reads[0].tensor.shape[1:] == (FEATURES,)
     if style == "identity" and fits:
         return Reader(nn.Identity(), reads), selector
-    normed = style == "batch norm"
+    normed = style == "batch norm" and structure not in LOSSES
     network: nn.Module = Network(draw, reads, dtype, structure, batch_norm=normed)
     in_place = style == "in place" and one
     if in_place:
@@ -179,6 +183,22 @@ def draw_branch(
     if writes:
         network = Writes(network)
     return Reader(network, reads, in_place or writes, writes, normed), selector
+
+
+def draw_structures(draw: Draw, outputs: str, structure: str, num_branches: int) -> list[str]:
+    """What each branch returns: the same, but for widths or by name."""
+    if outputs == "concat" and structure in FLAT:
+        structure = "tensor"
+    if outputs == "dict":
+        free: tuple[str, ...] = ("dict", "tensor", "vector", "with none", structure)
+    else:
+        free = OF_WIDTHS if outputs == "concat" and structure in OF_WIDTHS else (structure,)
+    return [draw.pick(f"structure of branch {i}", free) for i in range(num_branches)]
+
+
+def draw_fill(draw: Draw, structures: list[str]) -> float:
+    whole = any(name in INTEGRAL for name in structures)
+    return draw.pick("fill", (0, 1) if whole else (0.0, 1.0, -2.5))
 
 
 def draw_choice(draw: Draw, num_rows: int, num_branches: int) -> Any:
@@ -209,10 +229,13 @@ def draw_model(draw: Draw) -> Model:
         select = 1 + draw.seed % num_branches
     selector, reads = draw_selector(draw, "gate", arguments)
     gate = Reader(Gate(draw, reads, dtype, gate_bias(draw, num_branches, select)), reads)
-    drawn = [draw_branch(draw, i, arguments, dtype, structure) for i in range(num_branches)]
+    outputs = draw.pick("outputs", {"sum": 6, "stack": 1, "concat": 1, "dict": 1})
+    structures = draw_structures(draw, outputs, structure, num_branches)
+    drawn = [draw_branch(draw, i, arguments, dtype, name) for i, name in enumerate(structures)]
     branches = [reader for reader, _ in drawn]
     freeze(draw, gate, branches)
-    spoil(draw, context, branches[-1], structure, num_rows)
+    spoilt = "" if outputs in ("concat", "dict") else structures[-1]
+    spoil(draw, context, branches[-1], spoilt, num_rows)
 
     costs = [draw.pick(f"cost {i}", (1.0, 2.5, 7.0)) for i in range(num_branches)]
     costs = costs if draw.pick("costs", (False, True)) else None
@@ -246,10 +269,12 @@ def draw_model(draw: Draw) -> Model:
         else None,
         select=select,
         batch_norm=batch_norm,
+        outputs=outputs,
+        fill=draw_fill(draw, structures) if outputs != "sum" else 0.0,
     ).train(training)
     choice = draw_choice(draw, num_rows, num_branches)
     model = Model(
-        draw, context, num_rows, dtype, arguments, structure,
+        draw, context, num_rows, dtype, arguments, structures,
         gate, branches, fusion, choice, costs, gate_cost, by_keyword,
     )  # fmt: skip
     add_hooks(model)

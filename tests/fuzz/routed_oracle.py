@@ -1,5 +1,6 @@
 """What `RoutedFusion` is documented to compute: every sample by itself, in plain PyTorch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,24 +117,18 @@ def answer(model: Model, routing: Any, record_all: bool) -> Answer:
     runs = [
         branch_runner(model, i, weights.detach()[:, i] != 0) for i in range(len(model.branches))
     ]
-    parts = [
-        mixed_leaves(
-            [
-                run(samples) if record_all or kept.detach()[:, i].any() or not rows else None
-                for i, run in enumerate(runs)
-            ],
-            kept,
-        )
+    ran = [
+        [
+            run(samples) if record_all or kept.detach()[:, i].any() or not rows else None
+            for i, run in enumerate(runs)
+        ]
         for samples, kept in zip(chunks, columns[0], strict=True)
     ]
-    filled = next((part for part in parts if part is not None), None)
-    if filled is None:
-        raise Skip("no sample has a branch, so nothing says what a row looks like")
-    empty = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in filled]
-    leaves = [
-        torch.cat(column) if isinstance(column[0], Tensor) else column[0]
-        for column in zip(*(part or empty for part in parts), strict=True)
-    ]
+    if model.fusion.outputs == "sum":
+        leaves = summed(ran, columns[0])
+        add_losses(model, leaves, weights.detach() != 0, record_all)
+    else:
+        leaves = kept_apart(model, ran, weights, record_all)
     soft = model.fusion.execution == "dense" and model.choice is None
     return Answer(
         leaves,
@@ -141,6 +136,94 @@ def answer(model: Model, routing: Any, record_all: bool) -> Answer:
         None if soft or columns[1][0] is None else torch.cat(columns[1]),
         None if columns[2][0] is None else torch.cat(columns[2]),
     )
+
+
+Ran = list[list[list[Any] | None]]  # by sample, by branch: leaves, or None where it did not run
+
+
+def summed(ran: Ran, weights: Sequence[Tensor]) -> list[Any]:
+    parts = [mixed_leaves(outputs, kept) for outputs, kept in zip(ran, weights, strict=True)]
+    filled = next((part for part in parts if part is not None), None)
+    if filled is None:
+        raise Skip("no sample has a branch, so nothing says what a row looks like")
+    empty = [torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in filled]
+    return [stacked(column) for column in zip(*(part or empty for part in parts), strict=True)]
+
+
+def stacked(column: Sequence[Any]) -> Any:
+    """One leaf of every sample; what is no tensor with rows is the same for all."""
+    return torch.cat([*column]) if has_rows(column[0]) else column[0]
+
+
+def has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def kept_apart(model: Model, ran: Ran, weights: Tensor, record_all: bool) -> list[Any]:
+    """w * E(x) + (1 - w) * fill of every branch, then joined as the fusion says."""
+    kind, parts = model.fusion.outputs, []
+    for b, reader in enumerate(model.branches):
+        outputs = [sample[b] for sample in ran]
+        like = next((leaves for leaves in outputs if leaves is not None), None)
+        if like is None:
+            if reader.batch_norm and model.fusion.training:
+                raise Skip("its statistics would be recorded again")
+            with torch.no_grad():
+                like = list(flat(reader(slice(0, 1))))
+        rows = [
+            [entry(model, leaf, weights[n : n + 1, b]) for leaf in leaves]
+            if leaves is not None
+            else [absent(model, leaf) for leaf in like]
+            for n, leaves in enumerate(outputs)
+        ]
+        parts.append([stacked(column) for column in zip(*rows, strict=True)])
+        if kind == "dict":
+            add_losses(model, parts[-1], weights.detach() != 0, record_all, [b])
+    if kind == "dict":
+        return [leaf for part in parts for leaf in part]
+    join = torch.stack if kind == "stack" else torch.cat
+    leaves = [
+        join([leaf.as_subclass(Tensor) for leaf in column], 1) if has_rows(column[0]) else column[0]
+        for column in zip(*parts, strict=True)
+    ]
+    add_losses(model, leaves, weights.detach() != 0, record_all)
+    return leaves
+
+
+def entry(model: Model, leaf: Any, weight: Tensor) -> Any:
+    if not has_rows(leaf):
+        return leaf
+    leaf = leaf.as_subclass(Tensor)
+    weight = weight.reshape(-1, *[1] * (leaf.ndim - 1))
+    if leaf.is_floating_point():
+        weight = weight.to(leaf.dtype)
+    if leaf.is_floating_point() or leaf.is_complex():
+        return (weight * leaf + (1 - weight) * model.fusion.fill).to(leaf.dtype)
+    return torch.where(weight.detach() != 0, leaf, absent(model, leaf))
+
+
+def absent(model: Model, leaf: Any) -> Any:
+    return torch.full_like(leaf, model.fusion.fill) if has_rows(leaf) else leaf
+
+
+def add_losses(
+    model: Model, leaves: list[Any], chosen: Tensor, record_all: bool, of: Any = None
+) -> None:
+    """Auxiliary losses, of the rows that each branch runs on, where somebody chose it."""
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.ndim]
+    soft = model.fusion.execution == "dense" and model.choice is None
+    soft = soft or (isinstance(model.choice, str) and model.choice == "uniform")
+    whole = soft or model.fusion.execution == "masked"
+    for i in places:
+        leaves[i] = torch.zeros((), dtype=leaves[i].dtype)
+    branches = range(len(model.branches)) if of is None else of
+    for b, reader in ((b, model.branches[b]) for b in branches if places):
+        counts = soft or bool(chosen[:, b].any())
+        if not (counts or record_all):
+            continue
+        output = list(flat(reader(slice(None) if whole or not counts else chosen[:, b])))
+        for i in places:
+            leaves[i] = leaves[i] + (output[i] if counts else 0.0 * output[i])
 
 
 def branch_runner(model: Model, index: int, chosen: Tensor):
@@ -169,7 +252,7 @@ def mixed_leaves(outputs: list[list[Any] | None], weights: Tensor) -> list[Any] 
         return None
     leaves = []
     for place, like in enumerate(present[0][1]):
-        if not isinstance(like, Tensor):
+        if not isinstance(like, Tensor) or not like.ndim:
             leaves.append(like)
             continue
         total: Any = 0

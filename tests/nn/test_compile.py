@@ -253,3 +253,18 @@ def test_the_functional_floor(weighted):
         x = (next(batches(1)), steer)
         assert_agree(backward(compiled, [modules], x), backward(fuse, [modules], x))
     assert compiled.graphs == 1
+
+
+def test_selections_flat_masks_and_batches_nobody_answers():
+    def floor(x, y, mask):
+        plan = route(mask, 1)
+        ((part,),) = gather(plan, [x, y], select=[[1]])
+        return combine(plan, [part.sin()], like=y)
+
+    compiled = Counted(floor)
+    for share in (0.5, 0.0, 1.0):
+        x, y = torch.randn(2, N, 4, dtype=torch.float64)
+        mask = torch.rand(N) < share
+        out = compiled(x, y, mask)
+        torch.testing.assert_close(out, torch.where(mask[:, None], y.sin(), 0))
+    assert compiled.graphs == 1

@@ -65,6 +65,22 @@ def test_subclasses_and_parameters_beside_plain_tensors(way, split):
         assert_close(run(way, split, branches, x).detach(), table.detach())
 
 
+@pytest.mark.parametrize("way", ["training", "no gate"])
+def test_several_subclasses_where_a_branch_is_starved(way):
+    x = rows()
+    table = nn.Linear(FEATURES, FEATURES).double()
+    branches = [
+        Function(lambda x: (x.as_subclass(Tagged), (x * 2).as_subclass(Tagged))),
+        Function(lambda x: (table(x), table(x))),
+    ]
+    branches[1].table = table
+    first, second = run(way, [0] * 4, branches, x)
+    assert_close(first.detach().as_subclass(Tensor), x)
+    assert_close(second.detach().as_subclass(Tensor), 2 * x)
+    (first.sum() + second.sum()).backward()
+    assert not table.weight.grad.any()
+
+
 @for_splits
 @for_ways
 def test_dicts_of_the_same_keys_in_any_order(way, split):

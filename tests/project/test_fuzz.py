@@ -21,8 +21,8 @@ def test_no_mismatch(part, seed):
     assert not runner.failures, "\n".join(str(failure) for failure in runner.failures)
 
 
-def flipped(plan, outputs, weights=None):
-    return combine(plan, outputs[::-1], weights)
+def flipped(plan, outputs, weights=None, **options):
+    return combine(plan, outputs[::-1], weights, **options)
 
 
 def without_temperature(forward):

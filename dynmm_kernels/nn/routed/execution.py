@@ -13,7 +13,7 @@ from ...functional.filled import FilledPlan
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments, gather_arguments
 from ..branch import Branch, forward_only
-from ..decision import Decision
+from ..decision import Decision, sum_losses
 from ..memory import apart, versions
 
 Result = tuple[Any, tuple[int, ...]]  # the output, and the rows that each branch processed
@@ -162,7 +162,17 @@ class Routed:
             return [apart(column[0], held) for column in columns], spec
         header = plan.host_header
         starts = [header[b] for b in own]
-        return [movement.combine_rows(plan, column, starts, weights) for column in columns], spec
+        combined = [
+            self._total(column)
+            if tree.is_scalar(column[0])
+            else movement.combine_rows(plan, column, starts, weights)
+            for column in columns
+        ]
+        return combined, spec
+
+    def _total(self, losses: Sequence[Tensor]) -> Tensor:
+        """Of the branches that somebody chose."""
+        return sum_losses(losses)
 
     def _learn(self, outputs: list[Any], rest: Rest | None) -> tuple[list[Any], tree.Spec]:
         """Combines `outputs` so that the gate learns, also from the `rest` where there is one."""
@@ -187,7 +197,9 @@ class Routed:
         labels = [branch.label for branch in branches]
         columns, spec = checks.check_outputs(outputs, rows, labels, plan.order.device)
         combined = [
-            movement.combine_selected(plan, column, starts, len(own), probs, index, hidden)
+            self._total(column[: len(own)])
+            if tree.is_scalar(column[0])
+            else movement.combine_selected(plan, column, starts, len(own), probs, index, hidden)
             for column in columns
         ]
         return combined, spec
@@ -254,7 +266,7 @@ def run_rows(
 def _rows_of(plan: RoutingPlan, branch: int, output: Any) -> Any:
     """A branch's own rows out of its output for the whole batch."""
     leaves, spec = tree.flatten(output)
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
     sources, order = [leaves[i] for i in tensors], range(len(tensors))
     rows = movement.gather_rows(plan, sources, order, [branch] * len(tensors)) if tensors else []
     for i, gathered in zip(tensors, rows, strict=True):

@@ -16,6 +16,7 @@ from ...functional import autograd, checks, movement, ranges, selecting, sorting
 from ..adaptive import FLAT, run_faster
 from ..branch import Branch
 from ..chooser import Chooser
+from ..decision import sum_losses
 from ..gates import ask, ask_unnamed
 from ..memory import apart
 
@@ -99,7 +100,15 @@ def run_flat(
         return routed()
     every = tuple([header[b + 1] - header[b] for b in range(len(branches))])
     ways = routed, lambda: _run_whole(steps, branches, inputs, inverse, header)
-    return run_faster(chooser, FLAT, num_rows, every, order, ways)
+    output = run_faster(chooser, FLAT, num_rows, every, order, ways)
+    bar_losses(chooser, output)
+    return output
+
+
+def bar_losses(chooser: Chooser, output: Any) -> None:
+    """Routed from now on where there is an auxiliary loss: masked it would be of other rows."""
+    if type(output) is not Tensor and tree.holds_scalar(output):
+        chooser.barred = "its branches return an auxiliary loss, which is one of their own samples"
 
 
 def _run_rows(
@@ -126,9 +135,11 @@ def _run_rows(
     labels = [branch.label for branch in chosen]
     columns, spec = checks.check_outputs(outputs, counts, labels, order.device)
     combined = [
-        steps.combine(inverse, movement.same_dtype(column), starts)
-        if isinstance(column[0], Tensor)
-        else column[0]
+        column[0]
+        if not isinstance(column[0], Tensor)
+        else steps.combine(inverse, movement.same_dtype(column), starts)
+        if column[0].ndim
+        else sum_losses(column)
         for column in columns
     ]
     return tree.unflatten(combined, spec)
@@ -148,10 +159,13 @@ def _run_whole(
         return steps.select(outputs, inverse, starts)
     labels = [branch.label for branch in branches]
     columns, spec = checks.check_outputs(outputs, counts, labels, device)
+    chosen = [b for b in range(len(branches)) if starts[b] < starts[b + 1]]
     combined = [
-        steps.select(movement.same_dtype(column), inverse, starts)
-        if isinstance(column[0], Tensor)
-        else column[0]
+        column[0]
+        if not isinstance(column[0], Tensor)
+        else steps.select(movement.same_dtype(column), inverse, starts)
+        if column[0].ndim
+        else sum_losses([column[b] for b in chosen])
         for column in columns
     ]
     return tree.unflatten(combined, spec)

@@ -30,7 +30,10 @@ class RoutedFusion(Adaptive):
     Args:
         gate: module, function or `Branch`, called like a branch; returns logits [N, B].
         branches: modules, functions or `Branch`es, a sequence or a dict by name. All return the
-            same structure: a tensor [n, ...] or a pytree of such.
+            same structure: a tensor [n, ...] or a pytree of such. Beside these, 0-dim floating
+            tensors are auxiliary losses: each branch's of the rows it ran on, summed unweighted
+            over the branches that somebody chose (dense: all of them). With these, "auto" is
+            "routed".
         execution: "routed": each branch on its own samples only. "masked": every branch on every
             sample, times 0 or 1. "dense": every branch on every sample, times its probability.
             "auto": routed or masked, whichever was measured to be faster here for such batches;
@@ -58,7 +61,15 @@ class RoutedFusion(Adaptive):
             than two; so that processes that share its weights (FSDP, tensor parallel) stay in
             step. What becomes of the copies is not used, and sends no gradient.
 
-    All eight may be changed between calls; parameters and state_dict are the same in every mode.
+        outputs: "sum": of the branches, each times its weight. Else what each branch says stays
+            apart: for branch b out_b = w_b * E_b(x) + (1 - w_b) * fill, in every execution, with
+            the weights and the gradient of the gate as in the sum. "stack": [N, B, ...], of one
+            shape. "concat": along dim 1 in the order of the branches, whose widths may differ.
+            "dict": by name, each with a structure of its own. A branch that nobody chose is called
+            without a graph on copies of a sample where its shape is needed ("concat", "dict").
+        fill: what stands where a sample did not take a branch; a finite number.
+
+    All ten may be changed between calls; parameters and state_dict are the same in every mode.
 
     Example:
         >>> branches = {"cheap": nn.Linear(8, 3), "costly": nn.Linear(8, 3)}
@@ -84,6 +95,8 @@ class RoutedFusion(Adaptive):
         batch_norm: str = "masked",
         gate_returns: str = "logits",
         starved: str = "skip",
+        outputs: str = "sum",
+        fill: float = 0.0,
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm, gate_returns)
         if not isinstance(branches, Iterable):
@@ -105,6 +118,8 @@ class RoutedFusion(Adaptive):
             raise ValueError(f"RoutedFusion: branch names must differ; got {names}")
         self.select = select
         self.starved = starved
+        self.outputs = outputs
+        self.fill = fill
 
     def forward(
         self,
@@ -146,7 +161,8 @@ class RoutedFusion(Adaptive):
             decision = self._decide(batch, len(branches), return_routing, generator)
         else:
             decision = _obey(choice, batch, len(branches), generator)
-        output, rows_run = ways.run(self, branches, batch, decision, self.starved == "run")
+        way = ways.SUMMED if self.outputs == "sum" else ways.apart(self.outputs, self.fill)
+        output, rows_run = ways.run(self, branches, batch, decision, self.starved == "run", way)
         if not return_routing:
             return output
         return output, Routing(

@@ -41,7 +41,7 @@ def run_selecting(branches: Sequence[Branch], batch: Arguments, decision: Decisi
         first = column[0]
         if not isinstance(first, Tensor):
             return first
-        if not movement.carries_gradient(first):
+        if not movement.carries_gradient(first) or not first.ndim:
             return decision.blend(column, decision.selected if weights is None else weights)
         if weighted:
             assert weights is not None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ...functional import sorting
 from ...functional.filled import LEAST, fill
 from ...functional.plan import RoutingPlan
 from ..arguments import Arguments
 from ..branch import Branch, forward_only
-from ..decision import Decision
+from ..decision import Decision, sum_losses
 from .execution import Rest, Routed
 
 
@@ -45,6 +47,9 @@ class Steady(Routed):
         if others:
             (self.others,) = others
         self.whole = {} if subset_norm else self._run_coupled()
+
+    def _total(self, losses: Sequence[Tensor]) -> Tensor:
+        return sum_losses(losses, self.decision.chosen)
 
     def _are_mirrored(self) -> bool:
         return False

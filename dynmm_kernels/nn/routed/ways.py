@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -17,9 +18,33 @@ from ..decision import Decision
 from ..processes import TENSORS
 from ..tracing import refuse_routed
 from .execution import Result, Routed, run_everywhere
-from .flat import ALONE, run_flat
+from .flat import ALONE, bar_losses, run_flat
+from .kept import Kept, RoutedApart, SteadyApart, run_whole
 from .selecting import run_selecting
 from .steady import Steady
+
+
+class Ways(NamedTuple):
+    """Who runs a batch."""
+
+    everywhere: Callable[..., Result]
+    selecting: Callable[..., Result]
+    routed: Callable[..., Routed]
+    steady: Callable[..., Routed]
+
+
+SUMMED = Ways(run_everywhere, run_selecting, Routed, Steady)
+
+
+def apart(kind: str, value: float) -> Ways:
+    """For outputs that are kept apart."""
+    kept = Kept(kind, value)
+    return Ways(
+        partial(run_whole, kept, False),
+        partial(run_whole, kept, True),
+        partial(RoutedApart, kept),
+        partial(SteadyApart, kept),
+    )
 
 
 def run(
@@ -28,12 +53,13 @@ def run(
     batch: Arguments,
     decision: Decision,
     every: bool = False,
+    ways: Ways = SUMMED,
 ) -> Result:
     """The output, and the rows that each branch processed; `every`: starved branches run, too."""
     plan = decision.plan
     nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
     if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):
-        result = run_everywhere(branches, batch, decision)
+        result = ways.everywhere(branches, batch, decision)
         if plan is not None:
             plan.verify()
         return result
@@ -41,16 +67,16 @@ def run(
         refuse_routed(fusion)
     subset_norm = fusion.batch_norm == "subset"
     if plan.traced or every:
-        return Steady(branches, batch, decision, subset_norm).run()
+        return ways.steady(branches, batch, decision, subset_norm).run()
     if not plan.is_read:  # meanwhile, what needs no counts
         for branch in branches:
             branch.arguments(batch)
     counts = plan.counts
     if not any(counts):
-        return run_everywhere(branches, batch, decision)
+        return ways.everywhere(branches, batch, decision)
 
     def routed() -> Result:
-        return Routed(branches, batch, decision, subset_norm).run()
+        return ways.routed(branches, batch, decision, subset_norm).run()
 
     if fusion.execution != "auto":
         return routed()
@@ -59,15 +85,17 @@ def run(
         fusion.chooser.last = reason
         return routed()
 
-    return run_faster(
+    result = run_faster(
         fusion.chooser,
         (decision.grad or NO_GATE) if torch.is_grad_enabled() else FORWARD,
         plan.num_rows,
         counts,
         plan.order,
-        (routed, lambda: run_selecting(branches, batch, decision)),
+        (routed, lambda: ways.selecting(branches, batch, decision)),
         lambda result: (tree.flatten(result[0])[0], batch.tensors()),
     )
+    bar_losses(fusion.chooser, result[0])
+    return result
 
 
 def _settled(
@@ -105,6 +133,7 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["noise"] == "gumbel_always"
         or state["gate_returns"] != "logits"
         or state["starved"] != "skip"
+        or state["outputs"] != "sum"
         or is_dynamo_compiling()
         or TENSORS in sys.modules
     ):
