@@ -8,6 +8,7 @@ from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .collate import Collated, collate_modalities
 from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
+from .layers.skip import SkipLayer
 from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
 from .replays import CudaGraphReplay, EagerReplay, Replay
@@ -41,6 +42,7 @@ __all__ = [
     "RoutedFusion",
     "Routing",
     "SEAdd",
+    "SkipLayer",
     "Usage",
     "WeightedSum",
     "balance_loss",

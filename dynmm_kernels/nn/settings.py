@@ -56,8 +56,8 @@ class Settings(nn.Module):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name == "temperature" and not (number and value > 0):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
-        if name == "gate":
-            value = in_place_of(self._modules.get("gate"), value)
+        if name in ("gate", "layer"):
+            value = in_place_of(self._modules.get(name), value)
         super().__setattr__(name, value)
 
     @property

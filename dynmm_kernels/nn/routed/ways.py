@@ -28,8 +28,14 @@ def run(
     batch: Arguments,
     decision: Decision,
     every: bool = False,
+    routes: type[Routed] = Routed,
 ) -> Result:
-    """The output, and the rows that each branch processed; `every`: starved branches run, too."""
+    """The output, and the rows that each branch processed.
+
+    Args:
+        every: starved branches run, too.
+        routes: runs the branches on their own samples.
+    """
     plan = decision.plan
     nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
     if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):
@@ -50,7 +56,7 @@ def run(
         return run_everywhere(branches, batch, decision)
 
     def routed() -> Result:
-        return Routed(branches, batch, decision, subset_norm).run()
+        return routes(branches, batch, decision, subset_norm).run()
 
     if fusion.execution != "auto":
         return routed()
