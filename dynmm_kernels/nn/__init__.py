@@ -8,6 +8,7 @@ from .cascade.routing import CascadeRouting, deep_supervision_loss
 from .collate import Collated, collate_modalities
 from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
+from .layers.exit import EarlyExit
 from .layers.skip import SkipLayer
 from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
@@ -34,6 +35,7 @@ __all__ = [
     "CudaGraphReplay",
     "DepthRouting",
     "EagerReplay",
+    "EarlyExit",
     "EnergyFusion",
     "EnergyOutput",
     "NestedFusion",

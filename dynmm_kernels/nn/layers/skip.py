@@ -69,7 +69,7 @@ class SkipLayer(Adaptive):
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm, gate_returns)
         self.layer = as_branch(layer, "layer", "the layer")
-        self.gate = None if gate is None else as_branch(gate, "gate", "the gate")
+        self.register_module("gate", None if gate is None else as_branch(gate, "gate", "the gate"))
         self.starved = starved
 
     def forward(
