@@ -58,17 +58,16 @@ class Exits:
 
     def leave(self, depth: int, rows: Tensor) -> Any:
         """What is made of samples that leave."""
-        if self.heads is None:
-            return rows
+        if self.heads is None:  # as wide as x, whoever leaves where: autocast may narrow it
+            return rows.to(torch.promote_types(rows.dtype, self.batch.selected[0].dtype))
         head = self.heads[depth]
-        rows = rows.clone() if head.in_place else rows
-        return head.call_reading([rows], [rows])
+        return head.call_reading([rows], [rows.clone() if head.in_place else rows])
 
     def step(self, depth: int, rows: Tensor, others: Sequence[Any]) -> Tensor:
         """The layer that leads to a depth; it may write into no rows but copies."""
         layer = self.layers[depth - 1]
-        copied = rows.clone() if layer.in_place else rows
-        return layer.run(copied, *others, read=[rows, *self.batch.held()])
+        given = rows.clone() if layer.in_place else rows
+        return layer.run(given, *others, read=[rows, *self.batch.held()])
 
     def run_everywhere(self, decision: Decision, selects: bool = False) -> Result:
         """Every layer and head on every sample, then the weighted sum.

@@ -28,7 +28,10 @@ class Skipping(Routed):
     def run(self) -> Result:
         skip, layer = self.branches
         skips, runs = self.plan.counts
-        if self.whole or not (skips and runs):
+        if not skips:
+            output, rows_run = super().run()
+            return self._like_input(output), rows_run
+        if self.whole or not runs:
             return super().run()
         decision, size, exact = self.decision, self.plan.num_rows, self.decision.exact
         plan, own = SkippingPlan(self.plan), layer.arguments(self.batch)
@@ -59,3 +62,14 @@ class Skipping(Routed):
     def _hidden(self) -> list[Tensor]:
         """What the rows that follow were computed from without a graph."""
         return self.branches[1].read_from(self.batch)
+
+    def _like_input(self, output: Any) -> Any:
+        """As where somebody skips: checked against the input, and under autocast as wide."""
+        both, size = [output, self.batch.selected[0]], self.plan.num_rows
+        labels = [self.branches[1].label, "the input"]
+        columns, spec = checks.check_outputs(both, [size, size], labels, self.plan.order.device)
+        wide = [
+            own.to(movement.widest_dtype([own, x])) if movement.carries_gradient(own) else own
+            for own, x in columns
+        ]
+        return tree.unflatten(wide, spec)
