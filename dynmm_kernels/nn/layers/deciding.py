@@ -24,20 +24,22 @@ def decide(
     *,
     learns: bool,
     reports: bool,
+    dense: bool = False,
     giver: str = "the gate",
     wanted: str | None = None,
 ) -> Decision:
-    """What `module` is to do.
+    """What a module is to do.
 
     Args:
         rule: for what was `given`, [N, B].
         sort: gives the choice and its plan.
         learns: whether what was given gets a gradient.
         reports: whether somebody reads the probabilities.
+        dense: whether everything runs, weighted by probabilities.
         giver, wanted: for messages.
     """
     wanted = wanted or rule.wanted
-    if module.execution == "dense":
+    if dense:
         checks.check_defined(given, rule.undefined(given), giver, wanted)
         return Decision(rule, probs=rule.probs(given, module.temperature))
     choice, plan = sort(given)

@@ -183,7 +183,8 @@ class EarlyExit(Adaptive):
             depth = rule.choose(given)
             return depth, sorting.route_descending(depth, num_depths)
 
-        return decide(self, rule, logits, sort, learns=self.learns(logits), reports=reports)
+        learns, dense = self.learns(logits), self.execution == "dense"
+        return decide(self, rule, logits, sort, learns=learns, reports=reports, dense=dense)
 
     def _obey(
         self, depth: Any, x: Tensor, num_depths: int, generator: torch.Generator | None

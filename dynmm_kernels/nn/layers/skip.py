@@ -133,7 +133,8 @@ class SkipLayer(Adaptive):
         if self.draws:
             rule, logits = rule.draw(logits, generator)
         sort = partial(rule.decide, fusion=self)
-        return decide(self, rule, logits, sort, learns=self.learns(logits), reports=reports)
+        learns, dense = self.learns(logits), self.execution == "dense"
+        return decide(self, rule, logits, sort, learns=learns, reports=reports, dense=dense)
 
     def _obey(self, keep: Any, batch: Arguments, reports: bool) -> Decision:
         """A decision that was made elsewhere."""
