@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
 from .plan import RoutingPlan
 
 
@@ -12,7 +13,7 @@ class SkippingPlan(RoutingPlan):
     """Of a top-1 plan with two branches, of which the first does nothing: one with three.
 
     0: the rows that skip, which `combine` does not read. 1: those that do not. 2: the whole batch
-    as it lies, of which `combine` reads the rows that skip.
+    as it lies, of which `combine` reads the rows that skip. `header` is still that of the first.
 
     Attributes:
         whole: int32 [N, 1], the slots of branch 2.
@@ -22,11 +23,18 @@ class SkippingPlan(RoutingPlan):
 
     def __init__(self, plan: RoutingPlan) -> None:
         size, (skips, _) = plan.num_rows, plan.counts
+        checks.check_entries(3 * size)
         slots = torch.arange(size, 2 * size, dtype=torch.int32, device=plan.order.device)
         self.lent, self.whole = size, slots.view(size, 1)
         inverse = torch.where(plan.inverse < skips, self.whole, plan.inverse)
         header = [0, skips, size, 2 * size, *plan.faults]
         super().__init__(plan.order, inverse, plan.header, 3, header)
+
+    def rows(self, branch: int) -> Tensor:
+        """int64: the samples of `branch`, ascending."""
+        if branch < 2:
+            return super().rows(branch)
+        return torch.arange(self.num_rows, device=self.order.device)
 
     def weighed_rows(self, plan: RoutingPlan, exact: bool) -> Tensor:
         """int32 [N, 2], what the weights of skipping and of running multiply, as slots.

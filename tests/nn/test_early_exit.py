@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from models import FEATURES, Calls, Function, assert_close, assert_same, backwar
 from stacks import HeaderReads
 from torch import func, nn
 from torch.nn.functional import one_hot
+from torch.utils.checkpoint import checkpoint
 
 from dynmm_kernels import Branch, EarlyExit, Lazy, Shared, resource_loss
 
@@ -157,6 +160,39 @@ def test_nothing_is_moved_where_all_have_one_depth(monkeypatch):
     exits(x, mask, depth=2)
     assert calls.total() == [3, 3, 0]
     assert calls.arguments[0][0][0] is x
+
+
+def test_rows_are_freed_as_samples_go_on():
+    """In eval who left is kept, not what the others became on the way."""
+    made, alive = [], []
+
+    def layer(x):
+        alive.append(sum(reference() is not None for reference in made))
+        y = x * 2
+        made.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    exits = EarlyExit(nn.Identity(), [Function(layer) for _ in range(L)], execution="routed")
+    with torch.no_grad():
+        exits(inputs(5)[0], depth=torch.tensor(DEPTHS["mixed"]))
+    assert max(alive) <= 1
+
+
+@for_executions
+def test_as_a_checkpoint(execution):
+    (layers, heads), gate = stream(with_heads=True), Steered(DEPTHS["mixed"], 1 + L)
+    exits, given = EarlyExit(gate, layers, heads, execution=execution), inputs(5)
+    again = lambda *x: checkpoint(exits, *x, use_reentrant=False)  # noqa: E731
+    assert_same(backward(again, [exits], given), backward(exits, [exits], given))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copied_pickled_and_loaded(again):
+    layers, heads = stream(with_heads=True)
+    exits = EarlyExit(Steered(DEPTHS["mixed"], 1 + L), layers, heads).eval()
+    other = again(exits)
+    other.load_state_dict(exits.state_dict())
+    assert torch.equal(other(*inputs(5)), exits(*inputs(5)))
 
 
 @for_executions

@@ -1,6 +1,7 @@
 """SkipLayer against y = w layer(x) + (1 - w) x, written out."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from compiling import Counted, assert_agree
 from layers import EXECUTIONS, GATE_GRADS, Layer, Steered, hard, learning, skipped
 from models import FEATURES, Calls, Function, assert_close, assert_same, backward
 from torch import func, nn
+from torch.utils.checkpoint import checkpoint
 
-from dynmm_kernels import Branch, RoutedFusion, Shared, SkipLayer, ops, resource_loss
+from dynmm_kernels import Branch, Lazy, RoutedFusion, Shared, SkipLayer, ops, resource_loss
 
 KEPT = {"some": [0, 1, 1, 0, 1], "none": [0] * 5, "all": [1] * 5, "one": [1], "empty": []}
 
@@ -350,8 +352,31 @@ def test_vision_transformer():
     assert_same(backward(routed, blocks, (x,)), backward(formula, blocks, (x,)))
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copied_and_pickled(again):
+    skip, given = SkipLayer(Layer(), Steered(KEPT["some"], 2)).eval(), inputs(5)
+    assert torch.equal(again(skip)(*given), skip(*given))
+
+
+@for_executions
+def test_a_stream_that_is_fetched(execution):
+    """Then x is all that tells of it; those that skip need it, too."""
+    x, keep = inputs(5)[0], torch.tensor(KEPT["some"], dtype=torch.bool)
+    skip = SkipLayer(Function(lambda x: x * 2), execution=execution)
+    y = skip(Lazy(lambda indices: x[indices]), keep=keep)
+    assert_close(y, torch.where(keep[:, None], x * 2, x))
+
+
+@for_executions
+def test_as_a_checkpoint(execution):
+    layer, gate, given = Layer(), Steered(KEPT["some"], 2), inputs(5)
+    skip = SkipLayer(layer, gate, execution=execution)
+    again = lambda *x: checkpoint(skip, *x, use_reentrant=False)  # noqa: E731
+    assert_same(backward(again, [skip], given), backward(skip, [skip], given))
+
+
 def test_a_layer_that_is_exchanged_keeps_its_name():
-    skip = SkipLayer(Layer(), Steered([1], 2))
+    skip = SkipLayer(Layer())
     skip.layer, skip.gate = nn.Linear(FEATURES, FEATURES, **fp64), Steered([0], 2)
     x = inputs(1)[0]
     assert torch.equal(skip(x), x)

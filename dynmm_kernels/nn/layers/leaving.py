@@ -114,7 +114,10 @@ class Exits:
             deep, own = split_rows(rows, deeper)
             if own is None:
                 continue
-            rows = rows if deep is None else deep
+            if deep is not None:
+                rows = deep
+                if self.heads is None and not torch.is_grad_enabled():
+                    own = own.clone()  # so that the rows of the others are freed
             leaving.append(Block(depth, self.leave(depth, own), deeper, count - deeper))
             if exact:
                 behind = [own.detach()] if rest is None else [own.detach(), rest]

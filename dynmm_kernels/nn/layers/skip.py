@@ -69,8 +69,15 @@ class SkipLayer(Adaptive):
     ) -> None:
         super().__init__(execution, gate_grad, temperature, noise, batch_norm, gate_returns)
         self.layer = as_branch(layer, "layer", "the layer")
-        self.register_module("gate", None if gate is None else as_branch(gate, "gate", "the gate"))
+        self.register_module("gate", None)
+        if gate is not None:
+            self.gate = gate
         self.starved = starved
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "gate" and isinstance(value, nn.Module):
+            value = as_branch(value, "gate", "the gate")
+        super().__setattr__(name, value)
 
     def forward(
         self,
