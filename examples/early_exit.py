@@ -6,7 +6,7 @@ python examples/early_exit.py    (modalities one after the other: cascade.py)
 import torch
 from torch import Tensor, nn
 
-from dynmm_kernels import Branch, RoutedFusion
+from dynmm_kernels import Branch, EarlyExit
 from dynmm_kernels.nn import ConfidenceGate
 
 CLASSES, FEATURES, WIDTH, EPOCHS, BATCH = 4, 8, 64, 12, 64
@@ -28,13 +28,12 @@ class Model(nn.Module):
     def __init__(self, threshold: float) -> None:
         super().__init__()
         self.start = nn.Linear(FEATURES, WIDTH)
-        leave = nn.Linear(WIDTH, CLASSES)
-        go_on = nn.Sequential(layers(4), nn.Linear(WIDTH, CLASSES))
-        branches = {"exit": Branch(leave, cost=0), "rest": Branch(go_on, cost=4)}
-        self.fusion = RoutedFusion(ConfidenceGate(leave, threshold), branches)
+        heads = [nn.Linear(WIDTH, CLASSES) for _ in range(2)]
+        gate = ConfidenceGate(heads[0], threshold)
+        self.exits = EarlyExit(gate, [Branch(layers(4), cost=4)], heads)
 
-    def forward(self, x: Tensor, choice: int | None = None):
-        return self.fusion(self.start(x), choice=choice, return_routing=True)
+    def forward(self, x: Tensor, depth: int | None = None):
+        return self.exits(self.start(x), depth=depth, return_routing=True)
 
 
 def main() -> None:
@@ -46,8 +45,8 @@ def main() -> None:
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(targets)).split(BATCH):
             optimizer.zero_grad()
-            for branch in range(2):  # in training each sample takes both, and both have a loss
-                logits, _ = model(x[rows], choice=branch)
+            for depth in range(2):  # in training each sample takes both exits, with a loss each
+                logits, _ = model(x[rows], depth=depth)
                 nn.functional.cross_entropy(logits, targets[rows]).backward()
             optimizer.step()
 
@@ -55,7 +54,7 @@ def main() -> None:
     model.eval()
     print(f"{'threshold':>9}  {'accuracy':>8}  {'exit':>5}  layers per sample")
     for threshold in (0.0, 0.7, 0.9, 0.99, 1.1):
-        model.fusion.gate.module.threshold = threshold
+        model.exits.gate.module.threshold = threshold
         with torch.no_grad():
             logits, routing = model(x)
         right = (logits.argmax(1) == targets).float().mean().item()

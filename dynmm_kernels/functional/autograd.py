@@ -28,7 +28,7 @@ def gather(
 ) -> list[Tensor]:
     if _recorded(sources, weights):
         return list(_GatherRows.apply(plan, index, starts, stops, weights, *sources))
-    if weights is not None:
+    if weights is not None or plan.lent is not None:
         return _gather(plan, plan.order, sources, index, starts, stops, weights)
     repeated = [sources[i] for i in index]
     return ops.kernels().gather_rows(repeated, starts, stops, plan.order, plan.ranks)
@@ -57,10 +57,41 @@ def _gather(
     stops: list[int],
     weights: Tensor | None,
 ) -> list[Tensor]:
+    if plan.lent is not None and plan.lent in starts:
+        return _gather_or_lend(plan, sources, index, starts, stops, weights)
     repeated = [sources[i] for i in index]
     if weights is not None and (lacking := order.shape[0] - weights.numel()):  # a filled plan
         weights = torch.nn.functional.pad(weights.flatten(), (0, lacking))
     return ops.kernels().gather_rows(repeated, starts, stops, order, plan.ranks, weights)
+
+
+def _gather_or_lend(
+    plan: RoutingPlan,
+    sources: Sequence[Tensor],
+    index: Sequence[int],
+    starts: list[int],
+    stops: list[int],
+    weights: Tensor | None,
+) -> list[Tensor]:
+    """`_gather` where some of the ranges are the whole batch, which is not copied.
+
+    It holds rows that stand in other slots as well; `combine` reads these there.
+    """
+    moved = [m for m, start in enumerate(starts) if start != plan.lent]
+    parts = [index[m] for m in moved], [starts[m] for m in moved], [stops[m] for m in moved]
+    rows = iter(_gather(plan, plan.order, sources, *parts, weights) if moved else ())
+    results = []
+    for i, start in zip(index, starts, strict=True):
+        if start != plan.lent:
+            results.append(next(rows))
+            continue
+        whole = sources[i]
+        if weights is not None:
+            whole = (weights.view(-1, *[1] * (whole.ndim - 1)) * whole).to(whole.dtype)
+        elif follows_forward():  # which asks for outputs that are no inputs
+            whole = whole.clone()
+        results.append(whole)
+    return results
 
 
 def combine(

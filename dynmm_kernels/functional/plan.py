@@ -24,9 +24,11 @@ class RoutingPlan:
         num_rows: N, the number of samples.
         ranks: k, the number of entries per sample.
         traced: whether it is part of a graph, in which counts are symbols.
+        lent: the slot from which on the whole batch stands in its own order; None: nowhere.
     """
 
     traced = False
+    lent: int | None = None
     __slots__ = (
         "_check",
         "_counts",

@@ -9,6 +9,8 @@ from .collate import Collated, collate_modalities
 from .energy import EnergyFusion, EnergyOutput
 from .gates import ConfidenceGate, exponential_temperature
 from .keys import keep_keys
+from .layers.exit import EarlyExit
+from .layers.skip import SkipLayer
 from .losses import balance_loss, entropy_loss, resource_loss
 from .quality import QualityHistory, quality_rank_loss
 from .replays import CudaGraphReplay, EagerReplay, Replay
@@ -34,6 +36,7 @@ __all__ = [
     "CudaGraphReplay",
     "DepthRouting",
     "EagerReplay",
+    "EarlyExit",
     "EnergyFusion",
     "EnergyOutput",
     "NestedFusion",
@@ -42,6 +45,7 @@ __all__ = [
     "RoutedFusion",
     "Routing",
     "SEAdd",
+    "SkipLayer",
     "Usage",
     "WeightedSum",
     "balance_loss",

@@ -38,6 +38,13 @@ class Decision:
     grad: str | None = None
 
     @property
+    def num_rows(self) -> int:
+        """N."""
+        decided = self.probs if self.choice is None else self.choice
+        assert decided is not None  # without a choice they are all there is
+        return decided.shape[0]
+
+    @property
     def soft(self) -> bool:
         """Whether outputs are multiplied by what need not be 0 or 1."""
         return self.choice is None or self.rank_weights is not None

@@ -101,9 +101,10 @@ class Routing:
 
 @dataclass(frozen=True, eq=False)
 class DepthRouting(Routing):
-    """The decision behind one output of `NestedFusion` or `ChainedFusion`: a depth in 0..L.
+    """The decision behind one output of a stack or of an `EarlyExit`: a depth in 0..L.
 
-    As in `Routing`, with the depths for branches, and:
+    As in `Routing`, with the depths for branches, and (of an `EarlyExit`, read its layers for the
+    auxiliary stages and its heads for the fusions):
 
     Attributes:
         choice: int64 [N], the depth of each sample: the number of stages it was fused in (in a

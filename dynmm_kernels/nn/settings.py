@@ -60,8 +60,8 @@ class Settings(nn.Module):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
         if name == "fill" and not (number and math.isfinite(value)):
             raise ValueError(f"{label}: fill must be a finite number; got {value!r}")
-        if name == "gate":
-            value = in_place_of(self._modules.get("gate"), value)
+        if name in ("gate", "layer"):
+            value = in_place_of(self._modules.get(name), value)
         super().__setattr__(name, value)
 
     @property

@@ -6,13 +6,15 @@ import warnings
 
 import torch
 
-from . import functional, leaks, raw, routed, stacks
+from . import functional, layers, leaks, raw, routed, stacks
 from .runner import Runner
 
 PARTS = {
     "routed": routed.case,
     "nested": stacks.nested_case,
     "chained": stacks.chained_case,
+    "skip": layers.skip_case,
+    "exit": layers.exit_case,
     "functional": functional.case,
     "raw": raw.case,
 }

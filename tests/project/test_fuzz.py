@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fuzz import functional, stacks_oracle
+from fuzz import functional, layers, stacks_oracle
 from fuzz.__main__ import PARTS
 from fuzz.runner import Runner
 
-from dynmm_kernels import ChainedFusion, NestedFusion, RoutedFusion, combine
+from dynmm_kernels import ChainedFusion, EarlyExit, NestedFusion, RoutedFusion, SkipLayer, combine
 
 CASES = {"raw": 800}  # as many wherever they run, so that a failure is one everywhere
 
@@ -62,6 +62,9 @@ FAULTS = [
     ("nested", NestedFusion, "forward", without_temperature(NestedFusion.forward)),
     ("chained", ChainedFusion, "forward", half_the_gradient(ChainedFusion.forward)),
     ("nested", stacks_oracle, "fixed", lambda weights, hard, gate_grad: hard),
+    ("skip", SkipLayer, "forward", half_the_gradient(SkipLayer.forward)),
+    ("skip", layers, "fixed", lambda weights, hard, gate_grad: hard),
+    ("exit", EarlyExit, "forward", without_temperature(EarlyExit.forward)),
 ]
 
 

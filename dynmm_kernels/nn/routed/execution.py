@@ -21,14 +21,18 @@ Result = tuple[Any, tuple[int, ...]]  # the output, and the rows that each branc
 
 def run_everywhere(branches: Sequence[Branch], batch: Arguments, decision: Decision) -> Result:
     """Every branch on every sample, then the weighted sum: what DynMM's own code does."""
-    multipliers = decision.multipliers()
-    num_rows = multipliers.shape[0]
+    num_rows = decision.num_rows
     outputs = [branch.call_whole(batch, num_rows) for branch in branches]
-    rows_run = (num_rows,) * len(outputs)
-    labels = [branch.label for branch in branches]
-    columns, spec = checks.check_outputs(outputs, rows_run, labels, multipliers.device)
-    combined = [decision.blend(column, multipliers) for column in columns]
-    return tree.unflatten(combined, spec), rows_run
+    combined = blend_outputs(outputs, [branch.label for branch in branches], decision)
+    return combined, (num_rows,) * len(outputs)
+
+
+def blend_outputs(outputs: Sequence[Any], labels: Sequence[str], decision: Decision) -> Any:
+    """The weighted sum of what was made of every sample; `labels` are for messages."""
+    multipliers = decision.multipliers()
+    rows = (multipliers.shape[0],) * len(outputs)
+    columns, spec = checks.check_outputs(outputs, rows, labels, multipliers.device)
+    return tree.unflatten([decision.blend(column, multipliers) for column in columns], spec)
 
 
 class Rest(NamedTuple):

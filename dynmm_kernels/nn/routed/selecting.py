@@ -21,20 +21,32 @@ def run_selecting(branches: Sequence[Branch], batch: Arguments, decision: Decisi
     As `run_everywhere`, gradients included, but what was not chosen may be nan: the output does not
     show it.
     """
+    num_rows = decision.num_rows
+    outputs = [branch.call_whole(batch, num_rows) for branch in branches]
+    selected = select_outputs(outputs, [branch.label for branch in branches], decision)
+    return selected, (num_rows,) * len(outputs)
+
+
+def select_outputs(
+    outputs: Sequence[Any], labels: Sequence[str], decision: Decision, by_branch: bool = True
+) -> Any:
+    """Of each sample what was chosen of the outputs, one for every column of the weights.
+
+    Args:
+        labels: of the outputs, for messages.
+        by_branch: the outputs are those of the branches of the plan, in their order.
+    """
     plan = decision.plan
     assert plan is not None
-    num_rows = plan.num_rows
-    rows_run = (num_rows,) * len(branches)
-    outputs = [branch.call_whole(batch, num_rows) for branch in branches]
-    if checks.single_tensors_fit(outputs, rows_run, plan.order.device):
+    rows = (plan.num_rows,) * len(outputs)
+    if checks.single_tensors_fit(outputs, rows, plan.order.device):
         columns, spec = [tuple(outputs)], None
     else:
-        labels = [branch.label for branch in branches]
-        columns, spec = checks.check_outputs(outputs, rows_run, labels, plan.order.device)
+        columns, spec = checks.check_outputs(outputs, rows, labels, plan.order.device)
     weighted = decision.rank_weights is not None
     weights = decision.multipliers() if weighted or decision.grad is not None else None
     chosen: Tensor | None = None  # where every sample chose one branch the plan tells it faster
-    if plan.ranks > 1 or sum(plan.counts) < num_rows:
+    if not by_branch or plan.ranks > 1 or sum(plan.counts) < plan.num_rows:
         chosen = decision.selected if weights is None else weights.detach() != 0
 
     def leaf(column: Sequence[Any]) -> Any:
@@ -58,4 +70,4 @@ def run_selecting(branches: Sequence[Branch], batch: Arguments, decision: Decisi
             return select().to(dtype)
         return select() if weights is None else selecting.select_learning(column, weights, select)
 
-    return tree.unflatten([leaf(column) for column in columns], spec), rows_run
+    return tree.unflatten([leaf(column) for column in columns], spec)

@@ -55,7 +55,12 @@ def run(
     every: bool = False,
     ways: Ways = SUMMED,
 ) -> Result:
-    """The output, and the rows that each branch processed; `every`: starved branches run, too."""
+    """The output, and the rows that each branch processed.
+
+    Args:
+        every: starved branches run, too.
+        ways: who runs it.
+    """
     plan = decision.plan
     nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
     if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):

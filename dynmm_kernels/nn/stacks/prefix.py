@@ -175,7 +175,7 @@ class Prefix:
             if self.aux is not None:
                 self.main = self._fuse(cell, main, self.aux)
             return
-        head, tail = _split(main, self.active)
+        head, tail = split_rows(main, self.active)
         fused = None
         if self.aux is not None and head is not None:
             fused = self._fuse_head(cell, head, tail, self.aux)
@@ -202,7 +202,7 @@ class Prefix:
         """All rows of `main`, those that `aux` has fused with it."""
         if cell.fusion.fuses_prefix:
             return cell.fuse(main, aux)
-        head, tail = _split(main, self.active)
+        head, tail = split_rows(main, self.active)
         fused = self._fuse_head(cell, main if head is None else head, tail, aux)
         return fused if tail is None or head is None else torch.cat([fused, tail])
 
@@ -248,7 +248,7 @@ class Prefix:
         return movement.combine_rows(self.plan, [slots], [0])
 
 
-def _split(rows: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+def split_rows(rows: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
     """The first `count` rows and the others; in the graph one node with one gradient."""
     if count == rows.shape[0]:
         return rows, None

@@ -1,0 +1,1 @@
+"""One stream of layers: samples that skip one, and samples that leave early."""
