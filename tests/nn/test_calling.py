@@ -17,6 +17,7 @@ from dynmm_kernels import (
     RoutedFusion,
     Shared,
 )
+from dynmm_kernels.nn import EarlyExit, SkipLayer
 
 N, CHOICE = 7, torch.tensor([0, 1, 1, 0, -1, 1, 0])
 EXECUTIONS = ("routed", "masked", "auto")
@@ -140,6 +141,11 @@ def test_functions_are_gates_stages_fusions_and_fuses():
         ),
         (lambda bad: EnergyFusion({"text": bad}), "encoder 'text'"),
         (lambda bad: CascadeFusion({"text": bad, "image": torch.sin}), "stage 'text'"),
+        (lambda bad: SkipLayer(bad), "the layer"),
+        (lambda bad: SkipLayer(torch.sin, bad), "the gate"),
+        (lambda bad: EarlyExit(bad, [torch.sin]), "the gate"),
+        (lambda bad: EarlyExit(torch.sin, [bad]), "layer 1"),
+        (lambda bad: EarlyExit(torch.sin, [torch.sin], [torch.sin, bad]), "head 1"),
         (lambda bad: Branch(bad), "Branch: module"),
     ],
 )
@@ -255,6 +261,23 @@ def test_encoders_and_stages_take_keywords():
     cascade = CascadeFusion([Encoder(), Encoder()], fuse="last").eval()
     ids = torch.randn(N, 4)
     torch.testing.assert_close(cascade(ids=ids, exit=1), cascade.stages[1].module(ids=ids))
+
+
+def test_layers_are_functions_and_take_keywords_by_rows():
+    x, mask = torch.randn(N, 4), (torch.rand(N, 4) > 0.5).float()
+
+    def masked(x, *, mask, scale):
+        return scale * x * mask
+
+    keep = torch.tensor([True, False, True, True, False, False, True])
+    y = SkipLayer(masked)(x, mask=mask, scale=2.0, keep=keep)
+    torch.testing.assert_close(y, torch.where(keep[:, None], 2 * x * mask, x))
+    depth = torch.tensor([0, 2, 1, 0, 2, 1, 0])
+    exits = EarlyExit(lambda x, **_: x[:, :3], [masked, masked], heads=torch.neg)
+    y = exits(x, mask=mask, scale=2.0, depth=depth)
+    wanted = torch.stack([x, 2 * x * mask, 4 * x * mask])[depth, torch.arange(N)]
+    torch.testing.assert_close(y, -wanted)
+    assert exits(x, mask=mask, scale=2.0).shape == x.shape
 
 
 def test_an_unknown_keyword_is_the_modules_error_and_names_the_branch():

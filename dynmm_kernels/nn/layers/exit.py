@@ -13,6 +13,7 @@ from ...functional.plan import RoutingPlan
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
+from ..calling import Callee, joined
 from ..decision import Decision, forced, uniform
 from ..gates import ask
 from ..processes import MASK_ALL, may_shard, refuse_sharded
@@ -35,11 +36,12 @@ class EarlyExit(Adaptive):
     samples. What every sample needs stands before this module, and the gate may read it.
 
     Args:
-        gate: module or `Branch`, called as gate(x, *others) with the whole batch; returns logits
-            [N, 1 + L], column d for depth d. (Confidence in the logits of the exits themselves is
-            the matter of `CascadeFusion`.)
-        layers: L modules, called as layer(x, *others) with the samples that reach them; each
-            returns a tensor [n, ...]. As `Branch(module, cost=...)` they tell `Routing` their cost.
+        gate: module, function or `Branch`, called as gate(x, *others) with the whole batch; returns
+            logits [N, 1 + L], column d for depth d. (Confidence in the logits of the exits
+            themselves is the matter of `CascadeFusion`.)
+        layers: L modules or functions, called as layer(x, *others) with the samples that reach
+            them; each returns a tensor [n, ...]. As `Branch(module, cost=...)` they tell `Routing`
+            their cost.
         heads: None: all x_d have one shape. A sequence of 1 + L modules: head d is called with the
             samples that leave at depth d. A module: one head, called with the result of all.
         execution: "routed": as above. "masked": every layer and head on every sample, and
@@ -66,9 +68,9 @@ class EarlyExit(Adaptive):
 
     def __init__(
         self,
-        gate: nn.Module,
-        layers: Iterable[nn.Module],
-        heads: nn.Module | Iterable[nn.Module] | None = None,
+        gate: Callee,
+        layers: Iterable[Callee],
+        heads: Callee | Iterable[Callee] | None = None,
         *,
         execution: str = "auto",
         gate_grad: str = "straight_through",
@@ -88,10 +90,11 @@ class EarlyExit(Adaptive):
             raise ValueError("EarlyExit: layers is empty; give at least one module")
         self.register_module("heads", None)
         self.register_module("head", None)
-        if isinstance(heads, nn.Module) and not isinstance(heads, nn.ModuleList):
+        if callable(heads) and not isinstance(heads, nn.ModuleList):
             self.head = as_branch(heads, "the head", "the head")
         elif heads is not None:
-            named = (as_branch(head, f"head {d}", f"head {d}") for d, head in enumerate(heads))
+            each: Iterable[Any] = heads  # type: ignore[assignment]
+            named = (as_branch(head, f"head {d}", f"head {d}") for d, head in enumerate(each))
             self.heads = Branches(named)
             if len(self.heads) != 1 + len(self.layers):
                 raise ValueError(
@@ -106,13 +109,14 @@ class EarlyExit(Adaptive):
         depth: int | str | Tensor | None = None,
         return_routing: bool = False,
         generator: torch.Generator | None = None,
+        **named: Any,
     ) -> Any:
         """What the samples become, in their order; never x itself.
 
         Args:
             x: [N, ...], what the first layer reads.
-            others: what every layer reads beside, in any nesting: tensors [N, ...] of which it
-                gets its rows (masks), and `Shared` ones.
+            others, named: what every layer reads beside, in any nesting: tensors [N, ...] of which
+                it gets its rows (masks), and `Shared` ones.
             depth: forces the decision, in any mode, and no gate is run. An int: that depth for
                 all. A LongTensor [N]: one per sample, in 0..L. "random": each equally likely.
                 "uniform": the mean over all depths.
@@ -126,7 +130,7 @@ class EarlyExit(Adaptive):
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = type(x).__name__ if not isinstance(x, Tensor) else "a scalar"
             raise TypeError(f"EarlyExit: x must be a tensor [N, ...]; got {got}")
-        batch, gate = Arguments((x, *others), "EarlyExit inputs"), part(self, "gate")
+        batch, gate = Arguments(joined((x, *others), named), "EarlyExit inputs"), part(self, "gate")
         exits = Exits(self._all("layers") or [], self._all("heads"), batch)
         if may_shard() and self.execution in ("auto", "routed"):
             refuse_sharded(self, exits.parts, MASK_ALL)

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...functional import autograd, sorting
 from ..adaptive import Adaptive
 from ..arguments import Arguments
 from ..branch import Branch, as_branch, part
+from ..calling import Callee, joined
 from ..decision import Decision, forced
 from ..gates import ask
 from ..processes import RUN_ALL, may_shard, refuse_sharded
@@ -33,10 +34,11 @@ class SkipLayer(Adaptive):
     the batch and the rows that the layer returned.
 
     Args:
-        layer: module or `Branch`, called as layer(x, *others) with the rows of the samples that
-            keep it, never with none; returns what x is like, a tensor [n, ...] or a pytree.
-        gate: module or `Branch`, called likewise with the whole batch; returns logits [N, 2],
-            column 0 to skip, column 1 to run. None: every call brings `keep`.
+        layer: module, function or `Branch`, called as layer(x, *others) with the rows of the
+            samples that keep it, never with none; returns what x is like, a tensor [n, ...] or a
+            pytree.
+        gate: module, function or `Branch`, called likewise with the whole batch; returns
+            logits [N, 2], column 0 to skip, column 1 to run. None: every call brings `keep`.
         execution: "routed": as above. "masked": the layer on every sample and
             y = w layer(x) + (1 - w) x, w in {0, 1}. "dense": the same with the probability that
             the sample runs. "auto": routed or masked, as in `RoutedFusion`.
@@ -57,8 +59,8 @@ class SkipLayer(Adaptive):
 
     def __init__(
         self,
-        layer: nn.Module,
-        gate: nn.Module | None = None,
+        layer: Callee,
+        gate: Callee | None = None,
         *,
         execution: str = "auto",
         gate_grad: str = "straight_through",
@@ -76,7 +78,7 @@ class SkipLayer(Adaptive):
         self.starved = starved
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "gate" and isinstance(value, nn.Module):
+        if name == "gate" and value is not None:
             value = as_branch(value, "gate", "the gate")
         super().__setattr__(name, value)
 
@@ -87,13 +89,14 @@ class SkipLayer(Adaptive):
         keep: bool | Tensor | None = None,
         return_routing: bool = False,
         generator: torch.Generator | None = None,
+        **named: Any,
     ) -> Any:
         """y, in sample order; never x itself.
 
         Args:
             x: tensors [N, ...], as the layer returns them.
-            others: what the layer reads beside, in any nesting: tensors [N, ...] of which it gets
-                its rows (masks), and `Shared` ones.
+            others, named: what the layer reads beside, in any nesting: tensors [N, ...] of which
+                it gets its rows (masks), and `Shared` ones.
             keep: the decision, made elsewhere; no gate is run. A bool: for all samples. A bool
                 tensor [N]: one per sample. A floating tensor [N]: zeros and ones with a gradient
                 of their own, such as straight-through ones, treated as `gate_grad` says.
@@ -107,7 +110,7 @@ class SkipLayer(Adaptive):
         branches = [SKIP, part(self, "layer")]
         if may_shard() and self.starved == "skip" and self.execution in ("auto", "routed"):
             refuse_sharded(self, branches, RUN_ALL)
-        batch = Arguments((x, *others), "SkipLayer inputs")
+        batch = Arguments(joined((x, *others), named), "SkipLayer inputs")
         if keep is None:
             decision = self._ask(batch, return_routing, generator)
         else:

@@ -13,7 +13,7 @@ from ..branch import Branch, forward_only
 from ..routed.execution import Result, Routed
 
 
-def _first(x: Any, *others: Any) -> tuple[Any]:
+def _first(x: Any, *_: Any, **__: Any) -> tuple[Any]:
     return (x,)
 
 
