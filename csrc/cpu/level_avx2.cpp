@@ -1,4 +1,5 @@
-// The loops of energy_fuse for processors with AVX2.
+// The loops over rows and those of energy_fuse for processors with AVX2.
+#include "cpu/row_loops.h"
 #include "energies.h"
 
 #ifdef __x86_64__
@@ -14,6 +15,7 @@
 #define DYNMM_LEVEL avx2
 #define DYNMM_VECTOR_BYTES 32
 #include "cpu/energy_level.h"
+#include "cpu/row_loops_level.h"
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,5 +1,6 @@
-// The loops over rows for processors with AVX-512.
+// The loops over rows and those of energy_fuse for processors with AVX-512.
 #include "cpu/row_loops.h"
+#include "energies.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -14,6 +15,7 @@
 
 #define DYNMM_LEVEL avx512
 #define DYNMM_VECTOR_BYTES 64
+#include "cpu/energy_level.h"
 #include "cpu/row_loops_level.h"
 
 #ifdef __clang__
