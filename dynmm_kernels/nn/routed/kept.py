@@ -181,7 +181,9 @@ class RoutedApart(Routed):
             places = [i for i, owner in enumerate((*owners, *self.probed)) if owner == b]
             if b not in owners:
                 leaves, spec = given[places[0] if places else 0]
-                parts.append(([self.kept.absent(leaf, plan.num_rows) for leaf in leaves], spec))
+                leaves = [self.kept.absent(leaf, plan.num_rows) for leaf in leaves]
+                leaves = movement.touch(leaves, self._weights_followed())
+                parts.append((super()._touch_starved(leaves, [b]), spec))
                 continue
             columns = [*zip(*(given[i][0] for i in places), strict=True)]
             own, at = b in self.own, [starts[i] for i in places]
@@ -193,8 +195,22 @@ class RoutedApart(Routed):
                     else leaf
                     for leaf in leaves
                 ]
-            parts.append((leaves, given[places[0]][1]))
+            parts.append(
+                (leaves if own else super()._touch_starved(leaves, [b]), given[places[0]][1])
+            )
         return tree.flatten(self.kept.join(parts, [str(branch.name) for branch in self.branches]))
+
+    def _touch_starved(self, combined: list[Any], starved: Sequence[int]) -> list[Any]:
+        """Each part was touched for itself."""
+        return combined
+
+    def _weights_followed(self) -> list[Tensor]:
+        """What gives the weights a graph, of zeros, too, where the gate learns."""
+        decision = self.decision
+        weights = decision.rank_weights
+        if weights is None and decision.grad is not None:
+            weights = decision.probs
+        return [] if weights is None else [weights]
 
     def _index(self, rest: Rest | None) -> Tensor | None:
         """int32 [N, B]: the slot of what each branch says of each sample, where the gate learns."""
@@ -221,10 +237,11 @@ class RoutedApart(Routed):
             rows = column[0].to(torch.uint8) if flags else column[0]
             placed = movement.combine_rows(self.plan, [rows], starts[:1], weights)
             return placed.bool() if flags else placed
-        probs = self.decision.probs
+        mine = torch.arange(index.shape[1], device=index.device) == b
+        probs, slots = self.decision.probs, torch.where(mine, index, -1)
         assert probs is not None  # the gate learns through them
         hidden = None if len(column) == 1 else lambda: self.branches[b].read_from(self.batch)
-        return movement.combine_selected(self.plan, column, starts, 1, probs, index, hidden)
+        return movement.combine_selected(self.plan, column, starts, 1, probs, slots, hidden)
 
     def _probe(self) -> list[Any]:
         """What branches nobody chose return, for its structure and shapes; without a graph."""
