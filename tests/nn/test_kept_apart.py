@@ -192,9 +192,9 @@ def test_integers_and_bools(kind, execution):
 @for_kinds
 def test_second_derivatives_are_exact_or_refused(kind):
     """Of a branch that all samples take they need nothing of the others."""
-    found = []
+    found, gate = [], Planned(mlp(3), torch.tensor(CHOICES["one"]), 3)
     for execution in ("routed", "masked"):
-        fusion = made(kind, Planned(mlp(3), torch.tensor(CHOICES["one"]), 3), execution=execution)
+        fusion = made(kind, gate, execution=execution)
         x = torch.randn(
             N, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
         )
