@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compiling import Counted, assert_agree, splits
-from models import FEATURES, FixedGate, Function, backward, choosing, hard_weights, mlp
+from models import FEATURES, FixedGate, Function, Planned, backward, choosing, hard_weights, mlp
 from torch import Tensor, nn
 
 from dynmm_kernels import Branch, RoutedFusion
@@ -187,6 +187,40 @@ def test_integers_and_bools(kind, execution):
     fusion.fill = 0.5
     with pytest.raises(TypeError, match=r"torch\.int64 cannot be filled with 0\.5"):
         fusion(x, choice=mask)
+
+
+@for_kinds
+def test_second_derivatives_are_exact_or_refused(kind):
+    """Of a branch that all samples take they need nothing of the others."""
+    found, gate = [], Planned(mlp(3), torch.tensor(CHOICES["one"]), 3)
+    for execution in ("routed", "masked"):
+        fusion = made(kind, gate, execution=execution)
+        x = torch.randn(
+            N, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+        out = fusion(x.requires_grad_())
+        leaf = out["c"]["y"] if kind == "dict" else out["y"]
+        (slope,) = torch.autograd.grad(leaf.sin().sum(), x, create_graph=True)
+        if kind != "dict" and execution == "routed":
+            with pytest.raises(RuntimeError, match="second derivative"):
+                torch.autograd.grad(slope.square().sum(), x)
+            return
+        found += torch.autograd.grad(slope.square().sum(), x)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"gate_grad": "selected"}, {"select": 2}], ids=str)
+def test_by_name_every_part_has_the_graph_of_its_own_branch_and_of_the_weights(settings):
+    logits = torch.zeros(N, BRANCHES, dtype=torch.float64)
+    logits[:, 0] -= 9
+    gate = FixedGate(logits + torch.arange(BRANCHES))
+    fusion = made("dict", gate, execution="routed", **settings)
+    fusion.branches[0].requires_grad_(False)
+    out = fusion(torch.randn(N, FEATURES, dtype=torch.float64))
+    out["a"]["y"].sum().backward()  # nobody chose it
+    assert gate.logits.grad is not None
+    assert not gate.logits.grad.any()
+    assert all(p.grad is None for p in fusion.branches.parameters())
 
 
 @for_kinds

@@ -98,7 +98,8 @@ class Routed:
         else:
             combined, spec = self._combine(outputs)
         if len(self.own) < len(self.branches) and torch.is_grad_enabled():
-            combined = self._touch_starved(combined)
+            starved = [b for b in range(len(self.branches)) if b not in self.own]
+            combined = self._touch_starved(combined, starved)
         if exact:
             counts = (size,) * len(self.branches)
         elif self.whole:
@@ -208,12 +209,11 @@ class Routed:
         ]
         return combined, spec
 
-    def _touch_starved(self, combined: list[Any]) -> list[Any]:
+    def _touch_starved(self, combined: list[Any], starved: Sequence[int]) -> list[Any]:
         """With the exact gradient of the gate even the zeros depend on its probabilities."""
-        starved = [branch for b, branch in enumerate(self.branches) if b not in self.own]
         probs = self.decision.probs
         hidden = (lambda: [probs]) if self.decision.exact and probs is not None else None
-        return touch_starved(combined, starved, self.batch, hidden)
+        return touch_starved(combined, [self.branches[b] for b in starved], self.batch, hidden)
 
 
 def touch_starved(

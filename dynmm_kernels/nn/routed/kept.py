@@ -162,39 +162,48 @@ class RoutedApart(Routed):
         return self._keep(outputs, rest)
 
     def _keep(self, outputs: list[Any], rest: Rest | None) -> tuple[list[Any], tree.Spec]:
-        plan, everyone = self.plan, range(len(self.branches))
+        plan = self.plan
         owners, rows = [*self.own], [plan.counts[b] for b in self.own]
         starts = [plan.starts[b] for b in self.own]
         if rest is not None:
             last = plan.order.shape[0]  # the slots of the rest stand behind those of the plan
             owners, rows, outputs = owners + rest.branches, rows + rest.rows, outputs + rest.outputs
             starts += [start + last for start in rest.starts]
+        heard = {*owners}
         if self.kept.kind != "stack":
-            self.probed = [b for b in everyone if b not in owners]
-            outputs, rows = outputs + self._probe(), rows + [LEAST] * len(self.probed)
-        branches = [self.branches[b] for b in (*owners, *self.probed)]
+            self.probed = [b for b in range(len(self.branches)) if b not in heard]
+            owners, rows = owners + self.probed, rows + [LEAST] * len(self.probed)
+            outputs = outputs + self._probe()
+        branches = [self.branches[b] for b in owners]
         given = self.kept.check(branches, outputs, rows, plan.order.device)
         weights = self.decision.multipliers() if self.kept.value else None
         index = self._index(rest)
         parts = []
-        for b in everyone:
-            places = [i for i, owner in enumerate((*owners, *self.probed)) if owner == b]
-            if b not in owners:
-                leaves, spec = given[places[0] if places else 0]
-                parts.append(([self.kept.absent(leaf, plan.num_rows) for leaf in leaves], spec))
-                continue
-            columns = [*zip(*(given[i][0] for i in places), strict=True)]
-            own, at = b in self.own, [starts[i] for i in places]
-            leaves = [self._place(b, [*column], at, own, index) for column in columns]
-            if weights is not None:
-                leaves = [
-                    self.kept.fill(leaf, weights[:, b])
-                    if isinstance(leaf, Tensor) and leaf.ndim
-                    else leaf
-                    for leaf in leaves
-                ]
-            parts.append((leaves, given[places[0]][1]))
+        for b in range(len(self.branches)):
+            mine = [i for i, owner in enumerate(owners) if owner == b] or [0]
+            leaves, spec = given[mine[0]]
+            if b in heard:
+                columns = [*zip(*(given[i][0] for i in mine), strict=True)]
+                at = [starts[i] for i in mine]
+                leaves = [self._place(b, [*column], at, index, weights) for column in columns]
+            else:
+                leaves = [self.kept.absent(leaf, plan.num_rows) for leaf in leaves]
+                leaves = movement.touch(leaves, self._weights_followed())
+            if b not in self.own:
+                leaves = super()._touch_starved(leaves, [b])
+            parts.append((leaves, spec))
         return tree.flatten(self.kept.join(parts, [str(branch.name) for branch in self.branches]))
+
+    def _touch_starved(self, combined: list[Any], starved: Sequence[int]) -> list[Any]:
+        """Each part was touched for itself."""
+        return combined
+
+    def _weights_followed(self) -> list[Tensor]:
+        """What gives the weights a graph, of zeros, too, where the gate learns."""
+        weights = self.decision.rank_weights
+        if weights is None and self.decision.grad is not None:
+            weights = self.decision.probs
+        return [] if weights is None else [weights]
 
     def _index(self, rest: Rest | None) -> Tensor | None:
         """int32 [N, B]: the slot of what each branch says of each sample, where the gate learns."""
@@ -206,10 +215,15 @@ class RoutedApart(Routed):
         return torch.where(self.selected, self.plan.inverse, other)
 
     def _place(
-        self, b: int, column: list[Any], starts: list[int], own: bool, index: Tensor | None
+        self,
+        b: int,
+        column: list[Any],
+        starts: list[int],
+        index: Tensor | None,
+        weights: Tensor | None,
     ) -> Any:
         """One leaf of a branch in sample order: of its own samples, and behind them of the rest."""
-        first = column[0]
+        first, own = column[0], b in self.own
         if not isinstance(first, Tensor):
             return first
         if not first.ndim:
@@ -217,14 +231,23 @@ class RoutedApart(Routed):
         if not own:  # everybody is of the rest
             column, starts = [first[:0], *column], [self.plan.starts[b], *starts]
         if index is None or not movement.carries_gradient(first):
-            weights, flags = self.decision.rank_weights, first.dtype == torch.bool
-            rows = column[0].to(torch.uint8) if flags else column[0]
-            placed = movement.combine_rows(self.plan, [rows], starts[:1], weights)
-            return placed.bool() if flags else placed
-        probs = self.decision.probs
+            placed = self._move(column[0], starts[:1])
+        else:
+            placed = self._move_learning(b, column, starts, index)
+        return placed if weights is None else self.kept.fill(placed, weights[:, b])
+
+    def _move(self, rows: Tensor, starts: list[int]) -> Tensor:
+        weights, flags = self.decision.rank_weights, rows.dtype == torch.bool
+        rows = rows.to(torch.uint8) if flags else rows
+        placed = movement.combine_rows(self.plan, [rows], starts, weights)
+        return placed.bool() if flags else placed
+
+    def _move_learning(self, b: int, column: list[Any], starts: list[int], index: Tensor) -> Tensor:
+        mine = torch.arange(index.shape[1], device=index.device) == b
+        probs, slots = self.decision.probs, torch.where(mine, index, -1)
         assert probs is not None  # the gate learns through them
         hidden = None if len(column) == 1 else lambda: self.branches[b].read_from(self.batch)
-        return movement.combine_selected(self.plan, column, starts, 1, probs, index, hidden)
+        return movement.combine_selected(self.plan, column, starts, 1, probs, slots, hidden)
 
     def _probe(self) -> list[Any]:
         """What branches nobody chose return, for its structure and shapes; without a graph."""
