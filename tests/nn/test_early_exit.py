@@ -406,6 +406,20 @@ def test_compiled_as_one_graph(execution):
         Counted(exits)(*inputs(5), depth=depth)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@for_gradients
+def test_compiled_with_a_gate(gate_grad):
+    (layers, heads), gate = stream(with_heads=True), nn.Linear(FEATURES, 1 + L, **fp64)
+    exits = EarlyExit(Branch(gate, inputs=[0]), layers, heads, gate_grad=gate_grad)
+    compiled = Counted(exits)
+    for seed in range(3):
+        given = (torch.randn(5, FEATURES, generator=torch.manual_seed(seed), **fp64), inputs(5)[1])
+        formula = lambda *x: left(hard(gate(x[0]), gate_grad), layers, heads, *x)  # noqa: E731
+        assert_agree(backward(compiled, [exits], given), backward(formula, [exits], given))
+    assert compiled.graphs == 1
+
+
 def test_the_faster_way_is_found_and_explained():
     exits = EarlyExit(Steered(DEPTHS["mixed"], 1 + L), stream()[0])
     assert "depth 3" in str(exits.calibrate(*inputs(5), rounds=2))

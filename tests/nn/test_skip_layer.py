@@ -318,6 +318,20 @@ def test_compiled_as_one_graph(execution):
     assert compiled.graphs == 1
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@for_gradients
+def test_compiled_with_a_gate(gate_grad):
+    layer, gate = Layer(), nn.Linear(FEATURES, 2, **fp64)
+    skip = SkipLayer(layer, Branch(gate, inputs=[0]), gate_grad=gate_grad, execution="routed")
+    compiled = Counted(skip)
+    for seed in range(3):
+        given = (torch.randn(5, FEATURES, generator=torch.manual_seed(seed), **fp64), inputs(5)[1])
+        formula = lambda x, mask: skipped(hard(gate(x), gate_grad), layer, x, mask)  # noqa: E731
+        assert_agree(backward(compiled, [skip], given), backward(formula, [skip], given))
+    assert compiled.graphs == 1
+
+
 def test_every_call_calls_the_layer_where_that_is_asked_for():
     layer = Layer()
     calls, skip = Calls.of([layer]), SkipLayer(layer, execution="routed", starved="run")
