@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,11 +45,13 @@ class Function(nn.Module):
     """A function as a module. Where it is a method of one, that is a part of it.
 
     So its parameters, buffers and layers are seen; those that a function takes from elsewhere
-    are not.
+    are not. A model that holds a fusion of its own methods is no part of these: what walks down
+    from it would come back to it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
+        self.looking = False
         self.given: tuple[Any, ...] = ()
         self.named: dict[str, Any] = {}
         while isinstance(function, functools.partial):
@@ -67,6 +69,53 @@ class Function(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         owner = () if self.owner is None else (self.owner,)
         return self.function(*owner, *self.given, *inputs, **{**self.named, **named})
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Itself, its parts, and those of a model that holds it."""
+        self._part_from_holder()
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        holder = self.__dict__.get("owner")
+        if holder is not None and remove_duplicate:
+            yield from holder.named_modules(memo, f"{prefix}.owner")
+
+    def train(self, mode: bool = True) -> Function:
+        self._part_from_holder()
+        return super().train(mode)
+
+    def apply(self, function: Callable[[nn.Module], None]) -> Function:
+        self._part_from_holder()
+        return super().apply(function)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        self._part_from_holder()
+        return super().state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._part_from_holder()
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._part_from_holder()
+        super()._load_from_state_dict(*arguments)
+
+    def __repr__(self) -> str:
+        self._part_from_holder()
+        return super().__repr__()
+
+    def _part_from_holder(self) -> None:
+        """Makes the owner a plain attribute as soon as this is a part of it."""
+        owner = self._modules.get("owner")
+        if owner is None or self.looking:
+            return
+        self.looking = True
+        held = any(part is self for part in owner.modules())
+        self.looking = False
+        if held:
+            del self._modules["owner"]
+            self.__dict__["owner"] = owner
 
     def extra_repr(self) -> str:
         return getattr(self.function, "__qualname__", repr(self.function))

@@ -103,6 +103,68 @@ def test_a_batch_norm_behind_a_method_is_seen():
     assert fusion.branches[0].couples_samples()
 
 
+class Model(nn.Module):
+    """It holds a fusion of its own methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion = RoutedFusion(self.ask, [self.cheap, self.costly], execution="routed")
+        self.gate, self.stem, self.head = nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def ask(self, x):
+        return self.gate(x)
+
+    def cheap(self, x):
+        return self.stem(x)
+
+    def costly(self, x):
+        return self.norm(self.head(x))
+
+    def forward(self, x):
+        return self.fusion(x)
+
+    def written_out(self, x):
+        logits = self.gate(x)
+        soft = logits.softmax(1)
+        hard = nn.functional.one_hot(logits.argmax(1), 2).to(soft.dtype)
+        weights = hard + soft - soft.detach()
+        return weights[:, :1] * self.cheap(x) + weights[:, 1:] * self.costly(x)
+
+
+def test_a_model_may_route_among_its_own_methods():
+    torch.manual_seed(0)
+    model, x = Model().double().eval(), torch.randn(16, 4, dtype=torch.float64)
+    assert not model.fusion.training
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(copied(x), model.written_out(x))
+    grads = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    wanted = torch.autograd.grad(model.written_out(x).square().sum(), model.parameters())
+    torch.testing.assert_close(grads, wanted)
+
+
+def test_what_a_model_holds_is_in_it_once():
+    model = Model()
+    plain = {name for name in model.state_dict() if "." in name}
+    assert {name.split(".")[0] for name in plain} == {"gate", "stem", "head", "norm"}
+    assert len([*model.parameters()]) == len([*model.fusion.parameters()]) == 8
+    model.load_state_dict(Model().state_dict())
+    torch.func.functional_call(model, dict(model.named_parameters()), torch.randn(4, 4))
+    assert repr(model).count("BatchNorm1d") == 1
+    calls = []
+    model.apply(calls.append)
+    assert len({*map(id, calls)}) == len(calls)
+    assert model.train().fusion.branches[1].couples_samples()
+
+
+def test_a_method_keeps_its_module_where_nobody_else_holds_it():
+    net = Net()
+    fusion = RoutedFusion(nn.Linear(4, 2), two(net)).double()
+    assert net.stem.weight.dtype == torch.float64
+    assert sum(name.endswith("stem.weight") for name in fusion.state_dict()) == 2
+    assert not fusion.eval().branches[0].module.owner.training
+
+
 def test_functions_are_gates_stages_fusions_and_fuses():
     x, y = torch.randn(N, 4), torch.randn(N, 4)
 

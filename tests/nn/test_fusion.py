@@ -1061,3 +1061,14 @@ def test_what_a_branch_writes_into_the_rows_of_others(backend):
         for second in (writing, plain)
     ]
     assert_same(*results)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_takes_the_only_branch_may_be_bools_of_the_samples(mode):
+    gate, branches = toy(1)
+    x = torch.randn(6, FEATURES, dtype=torch.float64)
+    mask = torch.tensor([True, False, True, True, False, False])
+    fusion = RoutedFusion(gate, branches, execution=mode)
+    output, routing = fusion(x, choice=mask, return_routing=True)
+    assert_close(output, branches[0](x) * mask.unsqueeze(1))
+    assert routing.counts == (3,)

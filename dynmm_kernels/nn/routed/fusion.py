@@ -137,7 +137,8 @@ class RoutedFusion(Adaptive):
                 or only fetched when needed.
             choice: forces a hard decision, in any mode, and the gate is not run. An int: that
                 branch for all. A LongTensor [N]: one per sample, -1 for none (zero output). A bool
-                tensor [N, B]: every branch that is True, summed, such as the modalities there are.
+                tensor [N, B]: every branch that is True, summed, such as the modalities there are;
+                for one branch also [N].
                 "random": each equally likely (DynMM's Stage I). "uniform": the mean of all.
             return_routing: also return the `Routing`.
             generator: for the gate noise, and for random choices: these are drawn on the host, and
@@ -261,7 +262,10 @@ def _obey(
 ) -> Decision:
     """A forced decision."""
     size, device = batch.num_rows, batch.device
-    if isinstance(choice, Tensor) and choice.dtype == torch.bool and choice.ndim == 2:
+    mask = isinstance(choice, Tensor) and choice.dtype == torch.bool
+    if mask and choice.ndim == num_branches == 1:
+        choice = choice.unsqueeze(1)
+    if mask and choice.ndim == 2:
         several = forced_mask(choice, "choice", num_branches, size, device)
         return Decision(MULTI_HOT, several, sorting.route(several, num_branches))
     if isinstance(choice, str) and choice == "uniform":
