@@ -127,7 +127,7 @@ def test_attention_takes_one_row_at_least_for_one(least):
         assert wrong
 
 
-@pytest.mark.skipif(torch.__version__ >= "2.11", reason="torch 2.11 mended it")
+@pytest.mark.skipif(torch.__version__ >= "2.11", reason="of torch 2.10")
 def test_the_fast_path_of_transformers_has_no_shapes():
     model = First(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval()
     x, n = torch.randn(ROWS, 5, 4), torch.tensor(3)

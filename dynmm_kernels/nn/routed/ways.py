@@ -15,7 +15,7 @@ from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
 from ..processes import TENSORS
-from ..tracing import refuse_routed
+from ..tracing import holds_ops, refuse_routed
 from .execution import Result, Routed, run_everywhere
 from .flat import ALONE, run_flat
 from .selecting import run_selecting
@@ -31,13 +31,13 @@ def run(
 ) -> Result:
     """The output, and the rows that each branch processed; `every`: starved branches run, too."""
     plan = decision.plan
-    nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
+    nothing = plan is not None and plan.traced and not holds_ops()
     if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):
         result = run_everywhere(branches, batch, decision)
         if plan is not None:
             plan.verify()
         return result
-    if nothing and torch._C._are_functorch_transforms_active():
+    if nothing:
         refuse_routed(fusion)
     subset_norm = fusion.batch_norm == "subset"
     if plan.traced or every:
