@@ -63,5 +63,4 @@ def _how_sharded(branch: Branch) -> str | None:
 
 
 RUN_ALL = "set starved='run', which calls every part in every call"
-MASK_ALL = "set execution='masked', or shard the fusion as one unit"
 ONE_UNIT = "shard the fusion as one unit"

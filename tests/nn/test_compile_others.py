@@ -134,12 +134,6 @@ def test_chains_and_cascades_run_masked(execution):
     assert [one.graphs for one in compiled] == [1, 1]
 
 
-def test_cascades_do_not_route_in_a_graph():
-    fusion, x = cascade(execution="routed"), next(batches(1))
-    with pytest.raises(Exception, match="routed execution is not offered while a graph is traced"):
-        torch.compile(fusion, backend="eager", fullgraph=True)(x)
-
-
 def test_energy():
     fusion = EnergyFusion([mlp() for _ in range(3)])
     compiled = Counted(fusion)

@@ -92,6 +92,22 @@ def chained(gate_grad: str, **settings) -> ChainedFusion:
     return ChainedFusion(gates, *stages(), execution="routed", gate_grad=gate_grad, **settings)
 
 
+class Sure(nn.Module):
+    """Sure of the samples that say so."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.own = mlp(hidden)
+
+    def forward(self, x):
+        return torch.tanh(self.own(x)) + nn.functional.pad(9 * (x[:, :1] < 1).float(), (0, 2))
+
+
+def cascade(fuse: str, **settings) -> CascadeFusion:
+    torch.manual_seed(1)
+    return CascadeFusion([Sure(5), Sure(4)], threshold=0.8, fuse=fuse, **settings).eval()
+
+
 def samples(choice: list[int], seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     x = torch.rand(len(choice), FEATURES)
@@ -183,6 +199,19 @@ def sharded_stacks(rank: int, mesh, results) -> None:
             results[f"{make.__name__}, {gate_grad}"] = trained(fusion, fusion, rank)
 
 
+def sharded_cascade(rank: int, mesh, results) -> None:
+    """Whoever has no samples for a stage calls it all the same; whole and by scores."""
+    for fuse in ("energy", "mean", "last"):
+        fusion = cascade(fuse, starved="run")
+        for stage in fusion.stages:
+            fully_shard(stage.module, mesh=mesh)
+        with torch.no_grad():
+            results[fuse] = [fusion(step[rank]) for step in steps()]
+            results[f"{fuse}, forced"] = [
+                fusion(step[rank], exit=step[rank][:, 0].long()) for step in steps()
+            ]
+
+
 def average(parameter: nn.Parameter) -> None:
     distributed.all_reduce(parameter.grad)
     parameter.grad /= 2
@@ -238,15 +267,15 @@ def refused(rank: int, mesh, results) -> None:
     found["nested"] = told(fusion, [fusion.aux_stages[1].module], x, x)
     fusion = chained("straight_through")
     found["chained"] = told(fusion, [fusion.gates["1"].module], x, x)
-    cascade = CascadeFusion([mlp(5), mlp(4)]).eval()
-    found["cascade"] = told(cascade, [cascade.stages[1].module], x)
+    fusion = cascade("energy")
+    found["cascade"] = told(fusion, [fusion.stages[1].module], x)
     energy = EnergyFusion([Branch(mlp(5), 0), Branch(mlp(4), 0)])
     present = torch.ones(4, 2, dtype=torch.bool)
     found["energy"] = told(energy, [energy.encoders[0].module], x, present=present)
     results["errors"] = found
 
 
-JOBS = [data_parallel, sharded, sharded_stacks, tensor_parallel, refused]
+JOBS = [data_parallel, sharded, sharded_stacks, sharded_cascade, tensor_parallel, refused]
 
 
 def worker(rank: int, folder: str) -> None:
@@ -314,6 +343,21 @@ def test_sharded_stages(two):
             assert_as_alone(actual, made[kind](gate_grad), rank)
 
 
+def test_sharded_stages_of_a_cascade(two):
+    for rank, results in enumerate(two(sharded_cascade)):
+        assert len(results) == 6
+        for name, outputs in results.items():
+            fuse, _, forced = name.partition(", ")
+            for actual, step in zip(outputs, steps(), strict=True):
+                x = step[rank]
+                exit = x[:, 0].long()
+                expected, routing = cascade(fuse)(
+                    x, exit=exit if forced else None, return_routing=True
+                )
+                assert torch.equal(routing.choice, exit)
+                assert relative_error(actual, expected.detach()) <= 1e-6
+
+
 def test_tensor_parallel_branches(two):
     fusion = routed("straight_through")
     for results in two(tensor_parallel):
@@ -339,5 +383,5 @@ def test_without_the_setting_every_rank_is_told(two):
             assert label in errors[name]
             assert "set starved='run'" in errors[name]
         assert "stage 1" in errors["cascade"]
-        assert "set execution='masked'" in errors["cascade"]
+        assert "set starved='run'" in errors["cascade"]
         assert "shard the fusion as one unit" in errors["energy"]
