@@ -134,6 +134,20 @@ def test_chains_and_cascades_run_masked(execution):
     assert [one.graphs for one in compiled] == [1, 1]
 
 
+def test_energy_of_batches_of_any_size():
+    fusion = EnergyFusion([mlp() for _ in range(3)])
+
+    def call(x, present, targets):
+        return [*fusion(x, x, -x, present=present, targets=targets)[::2]]
+
+    compiled = Counted(call)
+    for size in (9, 5, 7, 30):
+        x = torch.randn(size, 6, dtype=torch.float64)
+        given = x, torch.rand(size, 3) > 0.5, torch.randint(3, (size,))
+        torch.testing.assert_close(compiled(*given), call(*given))
+    assert compiled.graphs <= 2
+
+
 def test_energy():
     fusion = EnergyFusion([mlp() for _ in range(3)])
     compiled = Counted(fusion)

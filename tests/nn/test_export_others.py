@@ -3,10 +3,11 @@
 import pytest
 import torch
 from compiling import batches, simple
+from models import FEATURES, mlp
 from stacks import CHANNELS, Pool, batch, parts
 from torch.export import Dim
 
-from dynmm_kernels import ChainedFusion, NestedFusion, RoutedFusion
+from dynmm_kernels import ChainedFusion, EnergyFusion, NestedFusion, RoutedFusion
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -99,6 +100,65 @@ def test_onnx_has_no_operators_for_routed(kind, strict, monkeypatch):
     program = exported(fusion, x, strict)
     assert not any("dynmm_kernels" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*x), fusion(*x))
+
+
+class Reporting(torch.nn.Module):
+    """A choice by name, and the routing's own numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion = simple(execution="routed")
+
+    def forward(self, x):
+        output, routing = self.fusion(x, return_routing=True)
+        return output, routing.weights, self.fusion(x, choice="uniform")
+
+
+@STRICT
+def test_what_was_decided_is_exported(strict):
+    module = Reporting().eval()
+    run = exported(module, (next(batches(1)),), strict).module()
+    for rows in (2, 5, 17):
+        x = torch.randn(rows, FEATURES, dtype=torch.float64)
+        torch.testing.assert_close(run(x), module(x))
+
+
+class Partly(torch.nn.Module):
+    """Energy fusion of the modalities there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion = EnergyFusion([mlp(), mlp()])
+
+    def forward(self, x, y, present):
+        output = self.fusion(x, y, present=present, return_details=True)
+        return output.fused, *output.logits
+
+
+@STRICT
+@pytest.mark.parametrize("onnx", [False, True])
+def test_energy_fusion_is_exported(onnx, strict, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: onnx)
+    fusion = Partly().eval()
+
+    def some(rows):
+        x, y = torch.randn(2, rows, FEATURES, dtype=torch.float64)
+        return x, y, torch.rand(rows, 2) > 0.4
+
+    program = exported(fusion, some(9), strict)
+    assert onnx != any("dynmm_kernels" in str(node.target) for node in program.graph.nodes)
+    run = program.module()
+    for rows in (2, 5, 17):
+        x, y, present = some(rows)
+        for there in (present, torch.ones_like(present), torch.zeros_like(present)):
+            torch.testing.assert_close(run(x, y, there), fusion(x, y, there))
+
+
+def test_energy_fusion_without_data():
+    fusion = Partly().to("meta")
+    x = torch.empty(5, FEATURES, device="meta", dtype=torch.float64)
+    fused, *_ = fusion(x, x, torch.empty(5, 2, device="meta", dtype=torch.bool))
+    assert fused.shape == (5, 3)
 
 
 @pytest.mark.parametrize("kind", ["routed", "nested", "chained"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import sorting
-from ...functional.deferred import has_values
+from ...functional.deferred import has_values, is_mapped
 from ..arguments import Arguments
 from ..branch import Branches, as_branch, part
 from ..decision import Decision, forced
@@ -125,7 +125,7 @@ class CascadeFusion(nn.Module):
         batch = Arguments(inputs, "CascadeFusion inputs")
         cascade = self._cascade()
         decision = None if exit is None else _obey(exit, len(cascade.stages), batch)
-        known = all(map(has_values, batch.tensors()))
+        known = self._is_known(batch)
         if self.training or self.execution == "masked" or not (known or self._routes_in_graph()):
             outcome = run_everywhere(cascade, batch, decision, self.training)
         elif self.starved == "run" or not known:
@@ -142,6 +142,13 @@ class CascadeFusion(nn.Module):
             rows_run=outcome.rows_run,
             costs=self.costs(),
             exits=outcome.exits,
+        )
+
+    def _is_known(self, batch: Arguments) -> bool:
+        """Whether decisions can be read: nobody traces, and vmap maps neither data nor weights."""
+        mapped = torch._C._are_functorch_transforms_active()
+        return all(map(has_values, batch.tensors())) and not (
+            mapped and any(map(is_mapped, self.parameters()))
         )
 
     def _routes_in_graph(self) -> bool:
