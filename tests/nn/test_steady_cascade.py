@@ -253,6 +253,17 @@ def test_training_with_its_loss_is_one_graph(starved):
     assert compiled.graphs == 1
 
 
+@pytest.mark.parametrize("starved", ["skip", "run"])
+def test_forced_exits_in_training_are_one_graph(starved):
+    fusion = cascade(starved=starved).train()
+    compiled = Counted(fusion)
+    for exit in splits(5):
+        x = inputs(torch.zeros(N))
+        calls = (lambda *own, f=f, e=exit: f(*own, exit=e) for f in (compiled, fusion))
+        assert_agree(*(backward(call, [fusion], x) for call in calls))
+    assert compiled.graphs == 1
+
+
 def test_what_was_decided_is_in_the_graph():
     fusion = cascade()
 
