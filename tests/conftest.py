@@ -124,6 +124,16 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def cpp_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        pytest.skip(f"Inductor needs a C++ compiler: {error}")
+
+
+@pytest.fixture
 def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield

@@ -13,7 +13,7 @@ from .. import ops
 from ..ops.checks import ENERGY, FLOATING, GIVEN, MAX_MODALITIES, SOFTMAX, UNIFORM
 from ..ops.reference.energy import in_plain_torch
 from .autograd import Function, follows_forward, on_backend_of_forward
-from .deferred import has_values
+from .deferred import has_values, is_mapped
 
 _WEIGHTINGS = {"energy": ENERGY, "softmax": SOFTMAX, "uniform": UNIFORM}
 
@@ -78,7 +78,7 @@ def energy_fuse(
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         raise ValueError(f"energy_fuse: scale must be a finite number; got {scale!r}")
     if present is not None:
-        _check(present, "present", (torch.bool,), (len(first), len(logits)), first)
+        _check(present, "present", (torch.bool,), (first.shape[0], len(logits)), first)
     if targets is not None:
         targets = _check_targets(targets, first, dtype)
     settings = weighting, float(scale), bool(detach_confidence)
@@ -95,14 +95,21 @@ def _fuse(
     scale: float,
     detach: bool,
 ) -> Sequence[Tensor]:
-    if follows_forward() or torch.compiler.is_compiling():  # compilers know how to fuse it
+    recorded = [*logits] if weights is None else [*logits, weights]
+    # Compilers know how to fuse it.
+    if follows_forward() or torch.compiler.is_compiling() or _any_mapped([*recorded, present]):
         plain = in_plain_torch(logits, targets, present, weights, weighting, scale, detach)
         return plain[:3]
-    recorded = [*logits] if weights is None else [*logits, weights]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in recorded):
         fixed = (targets, present, weighting, scale, detach)
         return _EnergyFuse.apply(*fixed, weights, *logits)[:3]
     return ops.kernels().energy_fuse(logits, targets, present, weights, weighting, scale)[:3]
+
+
+def _any_mapped(tensors: Sequence[Tensor | None]) -> bool:
+    return torch._C._are_functorch_transforms_active() and any(
+        is_mapped(tensor) for tensor in tensors if tensor is not None
+    )
 
 
 class _EnergyFuse(Function):
@@ -205,7 +212,7 @@ def _check_weights(
     weights: Any, first: Tensor, modalities: int, dtype: torch.dtype
 ) -> tuple[int, Tensor | None]:
     if isinstance(weights, Tensor):
-        _check(weights, "weights", FLOATING, (len(first), modalities), first)
+        _check(weights, "weights", FLOATING, (first.shape[0], modalities), first)
         return GIVEN, weights.to(dtype)
     if not isinstance(weights, str) or weights not in _WEIGHTINGS:
         names = ", ".join(map(repr, _WEIGHTINGS))
@@ -222,8 +229,8 @@ def _check_targets(targets: Any, first: Tensor, dtype: torch.dtype) -> Tensor:
         if targets.requires_grad:
             raise ValueError("energy_fuse: targets get no gradient; pass targets.detach()")
         return targets.to(dtype)
-    _check(targets, "targets", (torch.int64,), (len(first),), first)
-    if not targets.is_cuda and len(targets) and has_values(targets):
+    _check(targets, "targets", (torch.int64,), (first.shape[0],), first)
+    if not targets.is_cuda and has_values(targets) and len(targets):
         lowest, highest = (extreme.item() for extreme in targets.aminmax())
         if lowest < 0 or highest >= first.shape[1]:
             got = lowest if lowest < 0 else highest
@@ -236,11 +243,13 @@ def _check_targets(targets: Any, first: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(
     tensor: Any, name: str, dtypes: Sequence[torch.dtype], shape: tuple[int, ...], first: Tensor
 ) -> None:
-    wanted = f"{' or '.join(map(str, dtypes[:1]))} {list(shape)} on {first.device}"
+    def wanted() -> str:  # called for messages alone: text would tie a traced graph to its rows
+        return f"{dtypes[0]} {list(shape)} on {first.device}; got {_told(tensor)}"
+
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        raise TypeError(f"energy_fuse: {name} must be {wanted}; got {_told(tensor)}")
+        raise TypeError(f"energy_fuse: {name} must be {wanted()}")
     if tuple(tensor.shape) != shape or tensor.device != first.device:
-        raise ValueError(f"energy_fuse: {name} must be {wanted}; got {_told(tensor)}")
+        raise ValueError(f"energy_fuse: {name} must be {wanted()}")
 
 
 def _told(value: Any) -> str:

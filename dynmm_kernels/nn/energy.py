@@ -16,7 +16,7 @@ from .branch import Branch, Branches, as_branch, forward_only, part
 from .calling import Callee, as_module, joined, parted
 from .processes import ONE_UNIT, may_shard, refuse_sharded
 from .routed.execution import run_rows
-from .tracing import EXPORT, refuse_jit
+from .tracing import EXPORT, holds_ops, refuse_jit
 
 Weighting = str | Callable[[list[Tensor]], Tensor]
 
@@ -128,7 +128,7 @@ class EnergyFusion(nn.Module):
         if not any(given):
             raise ValueError("EnergyFusion: every modality is None; give at least one")
         mask = None if present is None else _mask(present, batch, encoders)
-        size = batch.num_rows if mask is None else len(mask)
+        size = batch.num_rows if mask is None else mask.shape[0]
         if size is None:
             raise ValueError(
                 "EnergyFusion: with Lazy inputs alone the number of samples is unknown; say which "
@@ -140,7 +140,11 @@ class EnergyFusion(nn.Module):
         if mask is not None and may_shard():
             refuse_sharded(self, encoders, ONE_UNIT)
         plan = None if present is None or mask is None else sorting.route(mask, len(encoders))
-        logits = _encode(encoders, batch, given, plan, size)
+        blind = plan is not None and plan.traced and not holds_ops()
+        logits = _encode(encoders, batch, given, None if blind else plan, size)
+        if blind:  # all ran on every sample
+            assert mask is not None
+            logits = [torch.where(mask[:, m, None], own, 0) for m, own in enumerate(logits)]
         weights = self.weights if isinstance(self.weights, str) else self.weights(logits)
         fused, confidence, losses = energy_fuse(
             logits,
@@ -214,7 +218,7 @@ def _mask(present: Any, batch: Arguments, encoders: Sequence[Branch]) -> Tensor:
         everyone = torch.ones_like(first)
         present = torch.stack([columns.get(str(name), everyone) for name in names], 1)
     mask = _bool(present, "present")
-    rows = len(mask) if batch.num_rows is None and mask.ndim else batch.num_rows
+    rows = mask.shape[0] if batch.num_rows is None and mask.ndim else batch.num_rows
     if list(mask.shape) != [rows, len(encoders)]:
         raise ValueError(
             f"EnergyFusion: present must be bool [N, M] = {[rows, len(encoders)]}; got "

@@ -19,7 +19,6 @@ from compiling import (
 )
 from models import FEATURES, backward, mlp
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -50,14 +49,6 @@ def test_routed_training(settings):
 
 def test_routed_eval():
     check(unlike().eval(), map(modalities, splits(40)))
-
-
-@pytest.fixture
-def cpp_compiler():
-    try:
-        get_cpp_compiler()
-    except RuntimeError as error:
-        pytest.skip(f"Inductor needs a C++ compiler: {error}")
 
 
 @pytest.mark.usefixtures("cpp_compiler")

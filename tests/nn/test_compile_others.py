@@ -134,10 +134,18 @@ def test_chains_and_cascades_run_masked(execution):
     assert [one.graphs for one in compiled] == [1, 1]
 
 
-def test_cascades_do_not_route_in_a_graph():
-    fusion, x = cascade(execution="routed"), next(batches(1))
-    with pytest.raises(Exception, match="routed execution is not offered while a graph is traced"):
-        torch.compile(fusion, backend="eager", fullgraph=True)(x)
+def test_energy_of_batches_of_any_size():
+    fusion = EnergyFusion([mlp() for _ in range(3)])
+
+    def call(x, present, targets):
+        return [*fusion(x, x, -x, present=present, targets=targets)[::2]]
+
+    compiled = Counted(call)
+    for size in (9, 5, 7, 30):
+        x = torch.randn(size, 6, dtype=torch.float64)
+        given = x, torch.rand(size, 3) > 0.5, torch.randint(3, (size,))
+        torch.testing.assert_close(compiled(*given), call(*given))
+    assert compiled.graphs <= 2
 
 
 def test_energy():

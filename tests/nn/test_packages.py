@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from compiling import N, modalities, splits, unlike
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim
 
 import dynmm_kernels
 
 pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo", "cpp_compiler"),
     pytest.mark.filterwarnings("ignore:.*is deprecated"),
 ]
 
@@ -29,17 +27,9 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"compiling", "
 """
 
 
-def skip_without_compiler():
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        pytest.skip("a C++ compiler is missing")
-
-
 @pytest.mark.parametrize("execution", ["masked", "routed"])
 def test_a_package_runs_in_a_fresh_process(execution, tmp_path):
     """The masked one without this library, too; the routed one with its operators."""
-    skip_without_compiler()
     fusion = unlike(execution=execution).eval()
     sizes = [N, 2, 5, 17]
     inputs = [modalities(logits) for size in sizes for logits in splits(4, size)]

@@ -1,6 +1,7 @@
 """Two processes: data parallel, sharded, with branches that one of them does not choose."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +27,8 @@ FEATURES = 6
 GATE_GRADS = ["straight_through", "selected"]
 # The branches that the gate chooses on each rank: starved on one, opposite, all.
 SPLITS = [[[0, 0, 0, 0], [0, 1, 1, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[1, 0, 1, 0], [0, 1, 0, 0]]]
-SECONDS = 120
+# A collective that the other process does not join; both processes together, on a busy machine.
+WAIT, SECONDS = timedelta(seconds=120), 600
 STACKS = (NestedFusion, ChainedFusion)
 
 
@@ -87,6 +90,22 @@ def chained(gate_grad: str, **settings) -> ChainedFusion:
     torch.manual_seed(1)
     gates = [Told(2), Told(2)]
     return ChainedFusion(gates, *stages(), execution="routed", gate_grad=gate_grad, **settings)
+
+
+class Sure(nn.Module):
+    """Sure of the samples that say so."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.own = mlp(hidden)
+
+    def forward(self, x):
+        return torch.tanh(self.own(x)) + nn.functional.pad(9 * (x[:, :1] < 1).float(), (0, 2))
+
+
+def cascade(fuse: str, **settings) -> CascadeFusion:
+    torch.manual_seed(1)
+    return CascadeFusion([Sure(5), Sure(4)], threshold=0.8, fuse=fuse, **settings).eval()
 
 
 def samples(choice: list[int], seed: int) -> torch.Tensor:
@@ -180,6 +199,19 @@ def sharded_stacks(rank: int, mesh, results) -> None:
             results[f"{make.__name__}, {gate_grad}"] = trained(fusion, fusion, rank)
 
 
+def sharded_cascade(rank: int, mesh, results) -> None:
+    """Whoever has no samples for a stage calls it all the same; whole and by scores."""
+    for fuse in ("energy", "mean", "last"):
+        fusion = cascade(fuse, starved="run")
+        for stage in fusion.stages:
+            fully_shard(stage.module, mesh=mesh)
+        with torch.no_grad():
+            results[fuse] = [fusion(step[rank]) for step in steps()]
+            results[f"{fuse}, forced"] = [
+                fusion(step[rank], exit=step[rank][:, 0].long()) for step in steps()
+            ]
+
+
 def average(parameter: nn.Parameter) -> None:
     distributed.all_reduce(parameter.grad)
     parameter.grad /= 2
@@ -200,11 +232,12 @@ def tensor_parallel(rank: int, mesh, results) -> None:
 
 
 def _error(function) -> str:
-    start = time.perf_counter()
-    try:
-        function()
-    except ValueError as error:
-        return str(error) if time.perf_counter() - start < 5 else "late"
+    """Of a call that must not have waited for the other process."""
+    with CommDebugMode() as collectives:
+        try:
+            function()
+        except ValueError as error:
+            return "late" if collectives.get_total_counts() else str(error)
     return "none"
 
 
@@ -234,21 +267,21 @@ def refused(rank: int, mesh, results) -> None:
     found["nested"] = told(fusion, [fusion.aux_stages[1].module], x, x)
     fusion = chained("straight_through")
     found["chained"] = told(fusion, [fusion.gates["1"].module], x, x)
-    cascade = CascadeFusion([mlp(5), mlp(4)]).eval()
-    found["cascade"] = told(cascade, [cascade.stages[1].module], x)
+    fusion = cascade("energy")
+    found["cascade"] = told(fusion, [fusion.stages[1].module], x)
     energy = EnergyFusion([Branch(mlp(5), 0), Branch(mlp(4), 0)])
     present = torch.ones(4, 2, dtype=torch.bool)
     found["energy"] = told(energy, [energy.encoders[0].module], x, present=present)
     results["errors"] = found
 
 
-JOBS = [data_parallel, sharded, sharded_stacks, tensor_parallel, refused]
+JOBS = [data_parallel, sharded, sharded_stacks, sharded_cascade, tensor_parallel, refused]
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=WAIT)
     try:
         mesh = init_device_mesh("cpu", (2,))
         for job in JOBS:
@@ -263,13 +296,17 @@ def worker(rank: int, folder: str) -> None:
 def two(tmp_path_factory):
     """What each of two processes found in a job; they start once for all jobs."""
     folder = tmp_path_factory.mktemp("processes")
-    context = torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2, join=False)
+    context = torch.multiprocessing.spawn(
+        worker, args=(str(folder),), nprocs=2, join=False, daemon=True
+    )
     deadline = time.monotonic() + SECONDS
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the two processes hang")
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                pytest.fail("the two processes hang")
+    finally:
+        for process in context.processes:
+            process.kill()
     return lambda job: [torch.load(folder / f"{job.__name__}-{rank}.pt") for rank in range(2)]
 
 
@@ -306,6 +343,21 @@ def test_sharded_stages(two):
             assert_as_alone(actual, made[kind](gate_grad), rank)
 
 
+def test_sharded_stages_of_a_cascade(two):
+    for rank, results in enumerate(two(sharded_cascade)):
+        assert len(results) == 6
+        for name, outputs in results.items():
+            fuse, _, forced = name.partition(", ")
+            for actual, step in zip(outputs, steps(), strict=True):
+                x = step[rank]
+                exit = x[:, 0].long()
+                expected, routing = cascade(fuse)(
+                    x, exit=exit if forced else None, return_routing=True
+                )
+                assert torch.equal(routing.choice, exit)
+                assert relative_error(actual, expected.detach()) <= 1e-6
+
+
 def test_tensor_parallel_branches(two):
     fusion = routed("straight_through")
     for results in two(tensor_parallel):
@@ -331,5 +383,5 @@ def test_without_the_setting_every_rank_is_told(two):
             assert label in errors[name]
             assert "set starved='run'" in errors[name]
         assert "stage 1" in errors["cascade"]
-        assert "set execution='masked'" in errors["cascade"]
+        assert "set starved='run'" in errors["cascade"]
         assert "shard the fusion as one unit" in errors["energy"]

@@ -9,6 +9,7 @@ from torch import func, nn
 from dynmm_kernels import (
     CascadeFusion,
     ChainedFusion,
+    EnergyFusion,
     NestedFusion,
     RoutedFusion,
     combine,
@@ -17,10 +18,22 @@ from dynmm_kernels import (
 )
 
 KINDS = ["routed", "run", "nested", "chained"]
+CASCADES = ["cascade", "cascade in step"]
 GATE_GRADS = ["straight_through", "selected", "none"]
 
 for_kinds = pytest.mark.parametrize("kind", KINDS)
 for_gradients = pytest.mark.parametrize("gate_grad", GATE_GRADS)
+
+
+class Partly(nn.Module):
+    """Energy fusion of what is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion = EnergyFusion(toy(2)[1])
+
+    def forward(self, x, y):
+        return self.fusion(x, y, present=torch.stack([x[:, 0] > 0, y[:, 0] > 0], 1))
 
 
 def problem(kind: str, gate_grad: str = "straight_through", execution: str = "routed"):
@@ -30,6 +43,13 @@ def problem(kind: str, gate_grad: str = "straight_through", execution: str = "ro
     if kind in ("routed", "run"):
         settings["starved"] = "run" if kind == "run" else "skip"
         return RoutedFusion(*toy(3), **settings), (torch.randn(5, FEATURES).double(),)
+    if kind in CASCADES:
+        settings = {"execution": execution, "starved": "run" if "step" in kind else "skip"}
+        cascade = CascadeFusion(toy(3)[1], threshold=0.5, fuse="mean", **settings)
+        return cascade.eval(), (3 * torch.randn(7, FEATURES).double(),)
+    if kind in ("energy", "partly"):
+        fusion = EnergyFusion(toy(2)[1]) if kind == "energy" else Partly()
+        return fusion, (torch.randn(5, FEATURES).double(), torch.randn(5, FEATURES).double())
     if kind == "nested":
         return NestedFusion(Pool(2 * CHANNELS, 3), *parts("mlp", 2), **settings), batch("mlp", 5)
     gates = [Pool(2 * CHANNELS, 2) for _ in range(2)]
@@ -94,6 +114,14 @@ def test_as_masked(kind, gate_grad, transform):
     assert_close(ours, transform(*problem(kind, gate_grad, "masked")), 1e-9)
 
 
+@pytest.mark.parametrize("transform", RIGHT)
+@pytest.mark.parametrize("kind", CASCADES)
+def test_cascades_as_masked(kind, transform):
+    assert len({*problem(kind)[0](*problem(kind)[1], return_routing=True)[1].rows_run}) == 3
+    expected = transform(*problem(kind, execution="masked"))
+    assert_close(transform(*problem(kind)), expected, 1e-9)
+
+
 @pytest.mark.parametrize("kind", ["routed", "run"])
 def test_second_derivatives_of_selected(kind):
     def hessian(fusion, inputs):
@@ -142,24 +170,23 @@ def expected_of(mapped, kind, execution):
 
 @pytest.mark.parametrize("mapped", [over_samples, over_models, per_sample_gradients])
 @pytest.mark.parametrize("execution", ["masked", "auto"])
-@for_kinds
+@pytest.mark.parametrize("kind", [*KINDS, "cascade"])
 def test_masked_is_mapped_over(kind, execution, mapped):
     ours = mapped(*problem(kind, execution=execution))
     assert_close(ours, expected_of(mapped, kind, "masked"), 1e-9)
 
 
 @pytest.mark.parametrize("mapped", [over_samples, over_models, per_sample_gradients])
-@for_kinds
+@pytest.mark.parametrize("kind", ["energy", "partly"])
+def test_energy_fusion_is_mapped_over(kind, mapped):
+    assert_close(mapped(*problem(kind)), expected_of(mapped, kind, "routed"), 1e-9)
+
+
+@pytest.mark.parametrize("mapped", [over_samples, over_models, per_sample_gradients])
+@pytest.mark.parametrize("kind", KINDS + CASCADES)
 def test_routed_is_not_and_says_what_to_do(kind, mapped):
     with pytest.raises((ValueError, RuntimeError), match=r"vmap.*execution='masked'"):
         mapped(*problem(kind))
-
-
-def test_a_cascade_says_what_to_do():
-    cascade = CascadeFusion(toy(2)[1], execution="routed").eval()
-    x = torch.randn(2, 3, FEATURES, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"CascadeFusion: .* under vmap.*execution='masked'"):
-        func.vmap(lambda x: cascade(x))(x)
 
 
 def test_the_functional_floor():

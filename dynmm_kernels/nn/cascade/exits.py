@@ -30,6 +30,10 @@ class Cascade(NamedTuple):
     thresholds: tuple[float, ...]
     fuse: Fuse
 
+    def parts_left_out(self) -> list[Branch]:
+        """What is not called where no sample comes to it."""
+        return [*self.stages, *([self.fuse] if isinstance(self.fuse, Branch) else [])]
+
 
 class Outcome(NamedTuple):
     """The output [N, C], where samples left, the rows that each stage ran, the logits of exits."""
@@ -279,10 +283,13 @@ def check_stage(
         ValueError, TypeError: anything but floating [rows, C] on the device, C and dtype as the
             first stage's.
     """
-    wanted = f"[{'N' if rows is None else rows}, {first.classes if first else 'C'}]"
+
+    def wanted() -> str:  # called for messages alone: text would tie a traced graph to its rows
+        return f"[{'N' if rows is None else rows}, {first.classes if first else 'C'}]"
+
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"{stage.label} must return floating logits {wanted}; got {got}")
+        raise TypeError(f"{stage.label} must return floating logits {wanted()}; got {got}")
     shape, device = logits.shape, first.device if first else device
     if logits.layout is not torch.strided:
         raise TypeError(f"{stage.label} must return strided logits; got {logits.layout}")
@@ -290,7 +297,7 @@ def check_stage(
     if not fits or shape[1] == 0:
         like = f", as {first.label} does" if first else ", one row per sample it received"
         raise ValueError(
-            f"{stage.label} must return logits of shape {wanted}{like}; got {list(shape)}"
+            f"{stage.label} must return logits of shape {wanted()}{like}; got {list(shape)}"
         )
     if device is not None and logits.device != device:
         raise ValueError(

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import sorting
-from ...functional.deferred import has_values
+from ...functional.deferred import has_values, is_mapped
 from ..arguments import Arguments
 from ..branch import Branches, as_branch, part
 from ..calling import Callee, joined
 from ..decision import Decision, forced
-from ..processes import MASK_ALL, may_shard, refuse_sharded
+from ..processes import RUN_ALL, may_shard, refuse_sharded
 from ..rules import TOP_ONE
-from ..tracing import MASKED, refuse_jit, refuse_routed
+from ..tracing import MASKED, holds_ops, refuse_jit, refuse_routed
 from .calibration import Calibration, calibrate
 from .exits import Cascade, Routed, all_exits, all_scores, run_everywhere
 from .fuses import as_fuse
 from .routing import CascadeRouting
 from .scores import Score, check_score
+from .steady import Steady
 
-_EXECUTIONS = ("auto", "masked", "routed")
+_SETTINGS = {"execution": ("auto", "masked", "routed"), "starved": ("skip", "run")}
 
 
 class CascadeFusion(nn.Module):
@@ -47,7 +48,10 @@ class CascadeFusion(nn.Module):
             "mean". "last": those of the last stage alone, which has seen its own inputs only. A
             module: called with the list of them, [n, C] each; returns [n, C].
         execution: "routed": each stage on its survivors only. "masked": all stages on all samples,
-            then the same result is selected. "auto": routed.
+            then the same result is selected. "auto": routed; masked while a graph is traced.
+        starved: what a stage does that no sample comes to. "skip": it is not called. "run": every
+            stage is called in every call, on copies of a sample where fewer than two come, as in
+            `RoutedFusion`.
 
     All but the stages may be changed between calls; like the settings of other fusions they are no
     part of the state_dict, modules apart.
@@ -71,6 +75,7 @@ class CascadeFusion(nn.Module):
         threshold: float | Sequence[float] = 0.9,
         fuse: str | Callee = "energy",
         execution: str = "auto",
+        starved: str = "skip",
     ) -> None:
         super().__init__()
         if not isinstance(stages, Iterable):
@@ -93,6 +98,7 @@ class CascadeFusion(nn.Module):
         self.threshold = threshold
         self.fuse = fuse
         self.execution = execution
+        self.starved = starved
 
     def forward(
         self,
@@ -121,11 +127,14 @@ class CascadeFusion(nn.Module):
         batch = Arguments(joined(inputs, named), "CascadeFusion inputs")
         cascade = self._cascade()
         decision = None if exit is None else _obey(exit, len(cascade.stages), batch)
-        if self.training or self._runs_everywhere(batch):
+        known = self._is_known(batch)
+        if self.training or self.execution == "masked" or not (known or self._routes_in_graph()):
             outcome = run_everywhere(cascade, batch, decision, self.training)
+        elif self.starved == "run" or not known:
+            outcome = Steady(cascade, batch, decision).run()
         else:
             if may_shard():
-                refuse_sharded(self, cascade.stages, MASK_ALL)
+                refuse_sharded(self, cascade.parts_left_out(), RUN_ALL)
             outcome = Routed(cascade, batch, decision).run()
         if not return_routing:
             return outcome.output
@@ -137,12 +146,20 @@ class CascadeFusion(nn.Module):
             exits=outcome.exits,
         )
 
-    def _runs_everywhere(self, batch: Arguments) -> bool:
-        if self.execution == "masked" or all(map(has_values, batch.tensors())):
-            return self.execution == "masked"
-        if self.execution == "routed":
+    def _is_known(self, batch: Arguments) -> bool:
+        """Whether decisions can be read: nobody traces, and vmap maps neither data nor weights."""
+        mapped = torch._C._are_functorch_transforms_active()
+        return all(map(has_values, batch.tensors())) and not (
+            mapped and any(map(is_mapped, self.parameters()))
+        )
+
+    def _routes_in_graph(self) -> bool:
+        """Whether a graph is traced that is to route; "auto" runs masked there."""
+        if self.execution == "routed" and (
+            torch._C._are_functorch_transforms_active() or not holds_ops()
+        ):
             refuse_routed(self)
-        return True
+        return self.execution == "routed"
 
     def _slow_forward(self, *inputs: Any, **options: Any) -> Any:
         """What torch.jit.trace calls in place of `forward`."""
@@ -260,9 +277,9 @@ class CascadeFusion(nn.Module):
         return None if None in costs else tuple(costs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "execution" and value not in _EXECUTIONS:
-            wanted = ", ".join(map(repr, _EXECUTIONS))
-            raise ValueError(f"CascadeFusion: execution must be one of {wanted}; got {value!r}")
+        if name in _SETTINGS and value not in _SETTINGS[name]:
+            wanted = ", ".join(map(repr, _SETTINGS[name]))
+            raise ValueError(f"CascadeFusion: {name} must be one of {wanted}; got {value!r}")
         if name == "threshold":
             value = _as_threshold(value, len(self.stages) - 1)
         if name == "score":

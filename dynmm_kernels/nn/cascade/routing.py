@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...functional.deferred import has_values
 from ..routing import Routing
 
 
@@ -95,20 +96,24 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _check_targets(targets: Tensor, logits: Tensor) -> None:
     rows, classes = logits.shape
-    wanted = (
-        f"deep_supervision_loss: targets must be int64 [{rows}] or floating [{rows}, {classes}]"
-    )
+
+    def wanted() -> str:  # called for messages alone: text would tie a traced graph to its rows
+        return (
+            f"deep_supervision_loss: targets must be int64 [{rows}] or floating [{rows}, {classes}]"
+        )
+
     if not isinstance(targets, Tensor):
-        raise TypeError(f"{wanted}; got {type(targets).__name__}")
+        raise TypeError(f"{wanted()}; got {type(targets).__name__}")
     if not targets.is_floating_point() and targets.dtype != torch.int64:
-        raise TypeError(f"{wanted}; got {targets.dtype}")
+        raise TypeError(f"{wanted()}; got {targets.dtype}")
     shape = [rows, classes] if targets.is_floating_point() else [rows]
     if list(targets.shape) != shape or targets.device != logits.device:
         raise ValueError(
-            f"{wanted} on {logits.device}; got {targets.dtype} {list(targets.shape)} on "
+            f"{wanted()} on {logits.device}; got {targets.dtype} {list(targets.shape)} on "
             f"{targets.device}"
         )
-    if targets.is_cpu and rows:  # on a GPU the answer would have to be waited for
+    # On a GPU the answer would have to be waited for.
+    if targets.is_cpu and has_values(targets) and rows:
         low, high = (bound.item() for bound in targets.aminmax())
         top = 1 if targets.is_floating_point() else classes - 1
         if not 0 <= low <= high <= top:

@@ -168,7 +168,7 @@ class RoutedFusion(Adaptive):
             return output
         return output, Routing(
             decision,
-            num_rows=rows_run[0] if decision.choice is None else len(decision.choice),
+            num_rows=rows_run[0] if decision.choice is None else decision.choice.shape[0],
             rows_run=rows_run,
             costs=self.costs(),
             gate_cost=(self.gate.cost or 0.0) if choice is None else 0.0,
@@ -271,7 +271,7 @@ def _obey(
     if isinstance(choice, str) and choice == "uniform":
         everyone, _ = forced(0, "choice", num_branches, size, device)  # checks that N is known
         like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
-        return uniform(len(everyone), num_branches, like)
+        return uniform(everyone.shape[0], num_branches, like)
     chosen, counts = forced(choice, "choice", num_branches, size, device, generator)
     if counts is not None:
         return Decision(TOP_ONE, chosen, sorting.route_counted(chosen, counts))

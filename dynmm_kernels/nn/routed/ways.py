@@ -16,7 +16,7 @@ from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
 from ..processes import TENSORS
-from ..tracing import refuse_routed
+from ..tracing import holds_ops, refuse_routed
 from .execution import Result, Routed, run_everywhere
 from .flat import ALONE, bar_losses, run_flat
 from .kept import Kept, RoutedApart, SteadyApart, run_whole
@@ -62,13 +62,13 @@ def run(
         ways: who runs it.
     """
     plan = decision.plan
-    nothing = plan is not None and plan.traced and not torch.compiler.is_compiling()
+    nothing = plan is not None and plan.traced and not holds_ops()
     if plan is None or fusion.execution == "masked" or (nothing and fusion.execution == "auto"):
         result = ways.everywhere(branches, batch, decision)
         if plan is not None:
             plan.verify()
         return result
-    if nothing and torch._C._are_functorch_transforms_active():
+    if nothing:
         refuse_routed(fusion)
     subset_norm = fusion.batch_norm == "subset"
     if plan.traced or every:

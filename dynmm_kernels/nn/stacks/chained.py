@@ -14,7 +14,7 @@ from ..calling import Callee
 from ..decision import Decision, drawn, upload
 from ..gates import Gates
 from ..rules import TOP_ONE, Rule
-from ..tracing import refuse_routed
+from ..tracing import holds_ops, refuse_routed
 from .chain import Chain, Kept
 from .current import Pass
 from .prefix import FOLLOWS, FUSES, THROUGH, Prefix
@@ -174,7 +174,7 @@ class ChainedFusion(Chain):
             return super()._runs_everywhere(current)
         if self.execution != "routed":
             return True
-        if torch._C._are_functorch_transforms_active() or not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or not holds_ops():
             refuse_routed(self)
         return super()._runs_everywhere(current)
 

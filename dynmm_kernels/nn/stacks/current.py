@@ -25,7 +25,7 @@ class Pass:
     outputs: dict[int, Tensor] = field(default_factory=dict)  # by stage, in sample order
     rows_run: list[int] = field(default_factory=list)
     decision: Decision = field(default_factory=lambda: Decision(TOP_ONE))
-    mapped: bool = False  # whether vmap maps over the decision
+    blind: bool = False  # whether no way but masked does without the values of decisions
     keep: Tensor | None = None
     gate_cost: float = 0.0
     masked: bool = False  # by the choice of auto: what was not chosen is left out, not multiplied

@@ -19,7 +19,7 @@ from ..gates import ask
 from ..memory import apart, sharing
 from ..processes import RUN_ALL, may_shard, refuse_sharded
 from ..rules import DEPTH_RULES, TOP_ONE, Rule, as_column
-from ..tracing import refuse_routed
+from ..tracing import holds_ops, refuse_routed
 from .current import Pass
 from .prefix import Prefix
 from .stage import Cell, make_stages
@@ -133,10 +133,10 @@ class StackFusion(Adaptive):
     def _run_to_depth(self, current: Pass) -> None:
         """Each sample as deep as it was decided; the plan has sorted them, the deepest first."""
         plan = current.decision.plan
-        if plan is not None and plan.traced and torch._C._are_functorch_transforms_active():
+        if plan is not None and plan.traced and not holds_ops():
             if self.execution == "routed":
                 refuse_routed(self)
-            current.mapped = True
+            current.blind = True
         known = plan is not None and not plan.traced and self.execution == "auto"
         counts = plan.counts if known else ()  # type: ignore[union-attr]
         self._run_faster(current, counts, lambda: self._run_decided(current))
@@ -145,6 +145,9 @@ class StackFusion(Adaptive):
         self, current: Pass, counts: tuple[int, ...], run: Callable[[], None], whole: bool = False
     ) -> None:
         """`run()` as "auto" finds it faster, with `current.masked` or without."""
+        if torch.compiler.is_compiling():  # nothing is measured, nor kept here
+            run()
+            return
         reason = self.chooser.barred or hindrance()
         if self.starved == "run":
             reason = "starved='run' calls every stage in every call"
@@ -293,7 +296,7 @@ class StackFusion(Adaptive):
         return False
 
     def _runs_everywhere(self, current: Pass) -> bool:
-        if self.execution == "masked" or current.masked or current.mapped:
+        if self.execution == "masked" or current.masked or current.blind:
             return True
         if self.starved == "skip" and not current.num_rows:
             return True
