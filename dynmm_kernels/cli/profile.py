@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = fusion_inputs(made.model, made.inputs, batch, name, fusion)
     wanted = arguments.shares or made.options.get("shares")
     keep_heap()
-    effort = Effort(arguments.seconds, (3, max(3, arguments.rounds)), sample=2e-2)
+    effort = Effort(
+        arguments.seconds, (3, max(3, arguments.rounds)), sample=min(2e-2, arguments.seconds / 500)
+    )
     modes = [False] * (not arguments.training) + [True] * (not arguments.eval)
     found: list[Profile] = []
     with progress(len(modes) * effort.rounds[1], quiet=arguments.json) as advance:
