@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_heap()
-    effort = Effort(arguments.seconds, (min(3, arguments.rounds), arguments.rounds), sample=5e-3)
+    effort = Effort(
+        arguments.seconds, (min(3, arguments.rounds), arguments.rounds), sample=5e-3, warm=True
+    )
     settings = [
         Setting(arguments.workload, batch, share, arguments.training, arguments.device)
         for batch in arguments.batch

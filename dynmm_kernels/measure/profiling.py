@@ -25,7 +25,7 @@ from ..nn.decision import Decision
 from ..nn.routed.fusion import RoutedFusion
 from .forecast import Curve, Forecast
 from .planned import Free, PlannedGate, answers, planned_rows, twin
-from .timing import QUICK, Effort, interleave
+from .timing import QUICK, Contestant, Effort, interleave
 from .waits import waits
 from .work import Call, alone, batch_of, part, whole
 
@@ -119,6 +119,8 @@ class _Bench:
         training: bool,
     ) -> None:
         assert batch.num_rows is not None
+        assert batch.device is not None
+        self.device = batch.device
         self.fusion, self.batch, self.training = fusion, batch, training
         self.size = batch.num_rows
         self.gate: Branch = fusion.gate
@@ -141,14 +143,12 @@ class _Bench:
         settings = [("routed", self.shares), ("routed", self._other()), ("masked", self.shares)]
         itself = [self._fusion(execution, shares) for execution, shares in settings]
         phases, waited = self._phases(itself[0]), waits(itself[0])
-        calls: Calls = {f"itself {i}": call for i, call in enumerate(itself)}
-        calls |= self._parts()
-        for call in calls.values():  # all code is warm before any is timed
-            call()
+        contestants: dict[str, Contestant] = {f"itself {i}": c for i, c in enumerate(itself)}
+        contestants |= self._parts()
         seconds = interleave(
-            calls,
+            contestants,
             effort,
-            str(self.batch.device),
+            str(self.device),
             lambda: advance("training" if self.training else "eval"),
         )
         forecast = self._forecast(seconds, median)
@@ -187,27 +187,35 @@ class _Bench:
 
     def _fusion(self, execution: str, shares: Sequence[float]) -> Call:
         """The fusion itself, its gate asked but overruled."""
-        chosen = planned_rows(shares, self.size, self.several).to(self.batch.device)
+        chosen = planned_rows(shares, self.size, self.several).to(self.device)
         gate = PlannedGate(self.gate.module, answers(self.fusion, chosen))
         return whole(twin(self.fusion, execution, gate), self.batch, self.training)
 
-    def _parts(self) -> Calls:
-        training = self.training
-        calls: Calls = {}
+    def _parts(self) -> dict[str, Contestant]:
+        contestants: dict[str, Contestant] = {}
         for n in self._sizes():
-            gate = part(self.gate, self.batch, n)
-            calls[f"gate {n}"] = alone([gate], training and self.decision.grad is not None)
-            for branch in self.branches:
-                calls[f"{branch.name} {n}"] = alone([part(branch, self.batch, n)], training)
-                if self._reruns(branch):
-                    rest = alone([part(branch, self.batch, n, rest=True)], training)
-                    calls[f"{branch.name} rest {n}"] = rest
+            group = self._alone(n)
+            # By turns, as in the fusion, each finds the caches as the others left them. A clock
+            # in between would hold up a GPU.
+            contestants |= {f"parts {n}": group} if self.device.type == "cpu" else group
         with torch.no_grad():
             most = self._whole_sizes()[-1]
             self.outputs = [part(branch, self.batch, most)() for branch in self.branches]
         for n in self._whole_sizes():
             for execution in ("routed", "masked"):
-                calls |= self._for_nothing(execution, n)
+                contestants |= self._for_nothing(execution, n)
+        return contestants
+
+    def _alone(self, rows: int) -> Calls:
+        """The gate and the branches, each by itself."""
+        training, batch = self.training, self.batch
+        learns = training and self.decision.grad is not None
+        calls = {f"gate {rows}": alone([part(self.gate, batch, rows)], learns)}
+        for name, branch in zip(self.names, self.branches, strict=True):
+            if self._reruns(branch):
+                rest = part(branch, batch, rows, rest=True)
+                calls[f"rest {name} {rows}"] = alone([rest], training)
+            calls[f"branch {name} {rows}"] = alone([part(branch, batch, rows)], training)
         return calls
 
     def _sizes(self) -> list[int]:
@@ -229,7 +237,7 @@ class _Bench:
         for b in range(min(rows, len(self.names))):  # everybody takes part
             if not chosen[:, b].any():
                 chosen[b] = torch.arange(len(self.names)) == b
-        chosen = chosen.to(self.batch.device)
+        chosen = chosen.to(self.device)
         outputs = zip(self.branches, self.outputs, strict=True)
         free = [Free(branch, batch, output) for branch, output in outputs]
         gate = Free(self.gate, batch, answers(fusion, chosen))
@@ -269,17 +277,17 @@ class _Bench:
 
         return Forecast(
             curve("gate"),
-            {name: curve(name) for name in self.names},
+            {name: curve(f"branch {name}") for name in self.names},
             added("routed"),
             added("masked"),
-            {str(b.name): curve(f"{b.name} rest") for b in self.branches if self._reruns(b)},
+            {str(b.name): curve(f"rest {b.name}") for b in self.branches if self._reruns(b)},
             frozenset(self.coupled),
         )
 
     def _phases(self, call: Call) -> dict[str, float]:
         """Medians over calls; what a phase of that name took in all."""
         call()
-        on_device = self.batch.device is not None and self.batch.device.type == "cuda"
+        on_device = self.device.type == "cuda"
         found = []
         for _ in range(PROFILED):
             # Not torch.profiler, which loads what makes small calls slower from then on.

@@ -196,7 +196,8 @@ def test_predictions_add_up_on_a_simulated_machine(monkeypatch):
 
     def simulated(calls, effort, device, after_round):
         (bench,) = made[-1:]
-        takes = {"gate": (2, 0.1), "b0": (3, 0.2), "b1": (5, 1.0), "b2": (7, 3.0)}
+        takes = {"gate": (2, 0.1), "branch b0": (3, 0.2)}
+        takes |= {"branch b1": (5, 1.0), "branch b2": (7, 3.0)}
 
         def seconds(name: str) -> float:
             what, _, n = name.rpartition(" ")
@@ -212,7 +213,10 @@ def test_predictions_add_up_on_a_simulated_machine(monkeypatch):
                 total += (fixed + slope * rows) if rows else 0
             return total
 
-        return {name: [seconds(name)] * 3 for name in calls}
+        names = []
+        for name, call in calls.items():
+            names += [name] if callable(call) else call
+        return {name: [seconds(name)] * 3 for name in names}
 
     monkeypatch.setattr(profiling, "interleave", simulated)
     SHARES = [(0.5, 0.3, 0.2), (0.3, 0.2, 0.5)]
