@@ -10,6 +10,7 @@ from ..measure.profiling import Profile
 from .options import duration
 
 FAR = 64  # batches up to that many times the own one are looked at
+BUSY = 0.1  # rounds that differ by more say that others use the machine
 CLEAR = 1.1  # a gain that does not depend on the day
 
 
@@ -73,13 +74,16 @@ def _times(count: int) -> str:
 
 
 def _checks(profile: Profile) -> str:
-    lines = [f"{'':10}{'shares':32}{'measured':>10}{'predicted':>11}{'off by':>9}"]
+    lines = [f"{'':10}{'shares':30}{'measured':>10}{'rounds':>9}{'predicted':>11}{'off by':>9}"]
     for check in profile.checks:
         shares = _shares(profile.branches, check.shares) if check.execution == "routed" else ""
         lines.append(
-            f"{check.execution:10}{shares:32}{duration(check.measured):>10}"
-            f"{duration(check.predicted):>11}{100 * check.error:+8.1f}%"
+            f"{check.execution:10}{shares:30}{duration(check.measured):>10}"
+            f"{f'+-{100 * check.spread:.0f}%':>9}{duration(check.predicted):>11}"
+            f"{100 * check.error:+8.1f}%"
         )
+    if max(check.spread for check in profile.checks) > BUSY:
+        lines.append("This machine is busy: give it more --seconds, or measure when it is not.")
     return "\n".join(lines)
 
 
@@ -159,6 +163,7 @@ def facts(profile: Profile) -> dict[str, Any]:
             "measured_ms": 1e3 * check.measured,
             "predicted_ms": 1e3 * check.predicted,
             "error": check.error,
+            "spread": check.spread,
         }
         for check in profile.checks
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Check:
     shares: tuple[float, ...]
     measured: float
     predicted: float
+    spread: float = 0.0
+    """Half of what the middle half of the rounds differs by, as a part of `measured`."""
 
     @property
     def error(self) -> float:
@@ -155,10 +157,11 @@ class _Bench:
         rounds = [self._forecast(seconds, itemgetter(i)) for i in range(len(seconds["itself 0"]))]
         checks = []
         for i, (execution, shares) in enumerate(settings):
-            # A median of sums, as what is measured is one: long calls are interrupted more often.
-            predicted = median(_of(f, execution, self.size, shares) for f in rounds)
-            measured = median(seconds[f"itself {i}"])
-            checks.append(Check(execution, shares, measured, predicted))
+            # Sums round by round: long calls are interrupted more often than their parts.
+            predicted = _middle([_of(f, execution, self.size, shares) for f in rounds])
+            measured = _middle(seconds[f"itself {i}"])
+            spread = _range(seconds[f"itself {i}"]) / 2 / measured
+            checks.append(Check(execution, shares, measured, predicted, spread))
         return Profile(
             self.training,
             self.size,
@@ -302,6 +305,19 @@ class _Bench:
             found.append(total)
         names = [name for name in found[0] if name.split(".")[0] in _named(found[0])]
         return {name: median(total[name] for total in found) for name in names}
+
+
+def _middle(rounds: Sequence[float]) -> float:
+    """The mean of the middle half: as steady as a median, and means of parts add up."""
+    quarter = len(rounds) // 4
+    return fmean(sorted(rounds)[quarter : len(rounds) - quarter])
+
+
+def _range(rounds: Sequence[float]) -> float:
+    """Of the middle half."""
+    quarter = len(rounds) // 4
+    middle = sorted(rounds)[quarter : len(rounds) - quarter]
+    return middle[-1] - middle[0]
 
 
 def _of(forecast: Forecast, execution: str, rows: int, shares: Sequence[float]) -> float:
