@@ -93,14 +93,14 @@ def words(profile: Profile) -> list[str]:
     shares = _shares(profile.branches, profile.shares)
     mode = "In training" if profile.training else "In eval"
     gain = masked.measured / routed.measured
-    gained = f"{gain:.2f} times as fast" if gain >= 1 else f"{1 / gain:.2f} times slower"
+    gained = f"is {gain:.2f} times as fast" if gain >= 1 else f"takes {1 / gain:.2f} times as long"
     return [
         f"{mode} routing pays, for {shares}, {_from_batch(profile)};",
         f"and in a batch of {profile.batch} {_below_share(profile)}.",
         f"For your batch of {profile.batch} with {shares} routed takes "
         f"{duration(routed.measured)}, masked {duration(masked.measured)}; predicted "
         f"{duration(routed.predicted)} and {duration(masked.predicted)}.",
-        f"Routed is {gained}: take {advice(profile)}",
+        f"Routed {gained}: take {advice(profile)}",
     ]
 
 

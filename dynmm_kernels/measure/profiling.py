@@ -25,7 +25,7 @@ from ..nn.decision import Decision
 from ..nn.routed.fusion import RoutedFusion
 from .forecast import Curve, Forecast
 from .planned import Free, PlannedGate, answers, planned_rows, twin
-from .timing import QUICK, Contestant, Effort, interleave
+from .timing import QUICK, Contestant, Effort, interleave, middle
 from .waits import waits
 from .work import Call, alone, batch_of, part, whole
 
@@ -158,9 +158,10 @@ class _Bench:
         checks = []
         for i, (execution, shares) in enumerate(settings):
             # Sums round by round: long calls are interrupted more often than their parts.
-            predicted = _middle([_of(f, execution, self.size, shares) for f in rounds])
-            measured = _middle(seconds[f"itself {i}"])
-            spread = _range(seconds[f"itself {i}"]) / 2 / measured
+            predicted = fmean(middle([_of(f, execution, self.size, shares) for f in rounds]))
+            its = middle(seconds[f"itself {i}"])
+            measured = fmean(its)
+            spread = (its[-1] - its[0]) / 2 / measured
             checks.append(Check(execution, shares, measured, predicted, spread))
         return Profile(
             self.training,
@@ -305,19 +306,6 @@ class _Bench:
             found.append(total)
         names = [name for name in found[0] if name.split(".")[0] in _named(found[0])]
         return {name: median(total[name] for total in found) for name in names}
-
-
-def _middle(rounds: Sequence[float]) -> float:
-    """The mean of the middle half: as steady as a median, and means of parts add up."""
-    quarter = len(rounds) // 4
-    return fmean(sorted(rounds)[quarter : len(rounds) - quarter])
-
-
-def _range(rounds: Sequence[float]) -> float:
-    """Of the middle half."""
-    quarter = len(rounds) // 4
-    middle = sorted(rounds)[quarter : len(rounds) - quarter]
-    return middle[-1] - middle[0]
 
 
 def _of(forecast: Forecast, execution: str, rows: int, shares: Sequence[float]) -> float:

@@ -34,3 +34,8 @@ def test_a_short_call_is_repeated_untimed_before(monkeypatch):
         assert seconds == {"a": [0.1]}  # ten calls, which this clock sees as one
         counts[warm] = len(called)
     assert counts[True] == counts[False] + 9
+
+
+def test_the_middle_half():
+    assert timing.middle([9.0, 1.0, 3.0, 2.0]) == [2.0, 3.0]
+    assert timing.middle([5.0]) == [5.0]

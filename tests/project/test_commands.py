@@ -244,7 +244,7 @@ def test_the_answer_is_in_words():
     assert "routed takes 10 ms, masked 20 ms; predicted 11 ms and 10 ms" in text
     assert 'Routed is 2.00 times as fast: take execution="routed"' in text
     assert 'execution="masked"' in profile_words.advice(found(0.5))
-    assert "2.00 times slower" in " ".join(profile_words.words(found(0.5)))
+    assert "takes 2.00 times as long" in " ".join(profile_words.words(found(0.5)))
     assert 'execution="auto"' in profile_words.advice(found(1.05))
     never = " ".join(profile_words.words(found(0.5, routing=100.0)))
     assert "at no batch up to 8192" in never
