@@ -1,17 +1,27 @@
-"""python -m dynmm_kernels demo: train a small DynMM on digits; dense, masked, routed."""
+"""python -m dynmm_kernels demo: train a small DynMM on digits; dense, masked, routed.
+
+Half a minute. Prints accuracy, cost and time of every way to run the same trained model, and draws
+them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..demo import bench, digits, qmf, qmf_report, report, sweep
+from .options import add_json, positive
+from .progress import progress
+
+EXAMPLES = """\
+examples:
+  python -m dynmm_kernels demo
+  python -m dynmm_kernels demo --sweep --figure sweep.png
+  python -m dynmm_kernels demo --epochs 5 --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=positive, default=bench.ROUNDS, help="of the timing")
     parser.add_argument("--figure", type=Path, default=Path("dynmm_demo.png"), metavar="PATH")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_json(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--sweep",
@@ -70,36 +80,3 @@ def _qmf(arguments: argparse.Namespace) -> qmf_report.Report:
     total = qmf.SEEDS * (len(qmf.LATE) + 1 + arguments.rounds)
     with progress(total, quiet=arguments.json) as advance:
         return qmf.experiment(epochs, arguments.seed, qmf.SEEDS, arguments.rounds, advance)
-
-
-@contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal where rich is installed, else a line whenever the activity changes."""
-    if quiet:
-        yield lambda text: None
-        return
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        Progress = None  # type: ignore[misc,assignment]
-    if Progress is None or not sys.stdout.isatty():
-        seen: set[str] = set()
-
-        def announce(text: str) -> None:
-            if text not in seen:
-                seen.add(text)
-                print(f"{text} ...", flush=True)
-
-        yield announce
-        return
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("starting", total=total)
-        yield lambda text: bar.update(task, advance=1, description=text)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number

@@ -1,4 +1,7 @@
-"""python -m dynmm_kernels info: what is installed, and how it was built."""
+"""python -m dynmm_kernels info: what is installed, and how it was built.
+
+Which ops every backend has; and of a backend that is not there, why.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,17 @@ import torch
 
 from .. import ops
 from ..version import __version__
+from .options import add_json
+
+EXAMPLES = """\
+examples:
+  python -m dynmm_kernels info
+  python -m dynmm_kernels info --json | jq .backends
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,8 @@ class Effort:
     """At least and at most."""
     sample: float = 5e-4
     """A call shorter than this is repeated inside one round."""
+    warm: bool = False
+    """Such a call is repeated as often before, untimed: others have used the caches since."""
 
     def at_least(self, rounds: int) -> Effort:
         return replace(self, rounds=(rounds, max(rounds, self.rounds[1])))
@@ -32,6 +34,15 @@ class Effort:
 QUICK = Effort(seconds=2.0, rounds=(3, 30))
 FULL = Effort(seconds=30.0, rounds=(9, 100))
 ONCE = Effort(seconds=0.0, rounds=(1, 1), sample=0.0)
+
+
+def middle(rounds: Sequence[float]) -> list[float]:
+    """The middle half, sorted. Its mean is steady, and those of parts add up, as medians do not."""
+    quarter = len(rounds) // 4
+    return sorted(rounds)[quarter : len(rounds) - quarter]
+
+
+Contestant = Callable[[], object] | Mapping[str, Callable[[], object]]
 
 
 def synced_clock(device: str) -> Callable[[], float]:
@@ -47,31 +58,48 @@ def synced_clock(device: str) -> Callable[[], float]:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]],
+    contestants: Mapping[str, Contestant],
     effort: Effort,
     device: str = "cpu",
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every contestant, one entry per round."""
+    """Seconds per call of every contestant, one entry per round.
+
+    Those of a group run one after the other within each call of the group, and are timed each.
+    """
     now = synced_clock(device)
 
-    def timed(run: Callable[[], object], calls: int) -> float:
-        start = now()
+    def timed(group: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
+        if len(group) == 1:  # without a clock in between
+            ((name, run),) = group.items()
+            start = now()
+            for _ in range(calls):
+                run()
+            return {name: (now() - start) / calls}
+        spent = dict.fromkeys(group, 0.0)
         for _ in range(calls):
-            run()
-        return (now() - start) / calls
+            for name, run in group.items():
+                start = now()
+                run()
+                spent[name] += now() - start
+        return {name: total / calls for name, total in spent.items()}
 
-    def warmed_up(run: Callable[[], object]) -> float:
-        first = timed(run, 1)
-        return first if first > 0.1 else min(first, timed(run, 1))
+    def warmed_up(group: Mapping[str, Callable[[], object]]) -> float:
+        first = sum(timed(group, 1).values())
+        return first if first > 0.1 else min(first, sum(timed(group, 1).values()))
 
-    warm = {name: warmed_up(run) for name, run in contestants.items()}
+    groups = {
+        name: {name: contestant} if callable(contestant) else contestant
+        for name, contestant in contestants.items()
+    }
+    warm = {name: warmed_up(group) for name, group in groups.items()}
     calls = {name: max(1, math.ceil(effort.sample / warm[name])) for name in contestants}
-    one_round = sum(warm[name] * calls[name] for name in contestants)
+    leads = {name: calls[name] - 1 if effort.warm else 0 for name in contestants}
+    one_round = sum(warm[name] * (calls[name] + leads[name]) for name in contestants)
     fewest, most = effort.rounds
     rounds = min(max(int(effort.seconds / one_round), fewest), most)
 
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for group in groups.values() for name in group}
     names = list(contestants)
     collecting = gc.isenabled()
     gc.disable()
@@ -79,7 +107,10 @@ def interleave(
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
-                seconds[name].append(timed(contestants[name], calls[name]))
+                if leads[name]:
+                    timed(groups[name], leads[name])
+                for part, its in timed(groups[name], calls[name]).items():
+                    seconds[part].append(its)
             gc.collect(0)
             after_round()
     finally:
