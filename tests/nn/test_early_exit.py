@@ -402,7 +402,7 @@ def test_compiled_as_one_graph(execution):
         )
     assert compiled.graphs == 1
     exits.execution = "routed"
-    with pytest.raises(Exception, match="not offered while a graph is traced"):
+    with pytest.raises(Exception, match="no graph for every split"):
         Counted(exits)(*inputs(5), depth=depth)
 
 
