@@ -99,11 +99,10 @@ class StackFusion(Adaptive):
         if may_shard() and self.starved == "skip" and self.execution in ("auto", "routed"):
             refuse_sharded(self, self._parts_left_out(), RUN_ALL)
         current = Pass((main, aux), self._cells(), {*stages, last}, return_routing, generator)
-        size = main.shape[0]
         if depth is None:
             self._run_gated(current)
         elif isinstance(depth, str) and depth == "uniform":
-            current.decision = uniform(size, last + 1, main)
+            current.decision = uniform(main.shape[0], last + 1, main)
             self._run_dense(current)
         else:
             self._obey(current, depth)
