@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+LONG = 0.1  # seconds, of a call that need not be warmed up
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -25,7 +27,8 @@ class Effort:
     sample: float = 5e-4
     """A call shorter than this is repeated inside one round."""
     warm: bool = False
-    """Such a call is repeated as often before, untimed: others have used the caches since."""
+    """Such a call is repeated as often before, untimed, and others up to LONG once: those before
+    have left the caches full of something else."""
 
     def at_least(self, rounds: int) -> Effort:
         return replace(self, rounds=(rounds, max(rounds, self.rounds[1])))
@@ -86,7 +89,7 @@ def interleave(
 
     def warmed_up(group: Mapping[str, Callable[[], object]]) -> float:
         first = sum(timed(group, 1).values())
-        return first if first > 0.1 else min(first, sum(timed(group, 1).values()))
+        return first if first > LONG else min(first, sum(timed(group, 1).values()))
 
     groups = {
         name: {name: contestant} if callable(contestant) else contestant
@@ -94,7 +97,10 @@ def interleave(
     }
     warm = {name: warmed_up(group) for name, group in groups.items()}
     calls = {name: max(1, math.ceil(effort.sample / warm[name])) for name in contestants}
-    leads = {name: calls[name] - 1 if effort.warm else 0 for name in contestants}
+    leads = {
+        name: max(1, calls[name] - 1) if effort.warm and warm[name] < LONG else 0
+        for name in contestants
+    }
     one_round = sum(warm[name] * (calls[name] + leads[name]) for name in contestants)
     fewest, most = effort.rounds
     rounds = min(max(int(effort.seconds / one_round), fewest), most)
