@@ -41,7 +41,7 @@ def model() -> RoutedFusion:
     text = nn.Linear(CLASSES, CLASSES)
     image = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, CLASSES))
     encoders = {"text": Branch(text, inputs="text"), "image": Branch(image, inputs="image")}
-    return RoutedFusion(nn.Identity(), encoders, select="multi_hot")
+    return RoutedFusion(None, encoders)
 
 
 def main() -> None:

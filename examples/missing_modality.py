@@ -62,7 +62,7 @@ def main() -> None:
 
     print("RoutedFusion, the modalities that are there, summed:")
     branches = {name: Branch(encoder, inputs=[name]) for name, encoder in ENCODERS.items()}
-    fusion = RoutedFusion(nn.Identity(), branches, select="multi_hot").eval()
+    fusion = RoutedFusion(None, branches).eval()
     mask = torch.stack([present[name] for name in ENCODERS], 1)
     summed, routing = fusion(inputs, choice=mask, return_routing=True)
     report(

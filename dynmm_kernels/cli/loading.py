@@ -121,6 +121,8 @@ def find_fusion(model: nn.Module, wanted: str | None) -> tuple[str, RoutedFusion
             "apart. Of any fusion, calibrate(*inputs) and then explain(*inputs) say which way is "
             "faster here"
         )
+    if fusion.gate is None:
+        raise Mistake(f"{name or 'the model'} has no gate; what a gate decides is measured")
     return name, fusion
 
 

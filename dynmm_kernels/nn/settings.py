@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..functional import autograd
 from ..functional.deferred import has_values
-from .branch import in_place_of
+from .branch import as_branch, in_place_of
+from .calling import as_module
 from .tracing import MASKED, refuse_jit
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -25,6 +26,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "outputs": ("sum", "stack", "concat", "dict"),
 }
 
+
+_FEW = 8  # logits that may lie in 0..1 by chance
 
 # Fusions whose gate was seen to learn, so that each is warned about once.
 _looked_at: WeakSet[Settings] = WeakSet()
@@ -60,8 +63,10 @@ class Settings(nn.Module):
             raise ValueError(f"{label}: temperature must be a positive number; got {value!r}")
         if name == "fill" and not (number and math.isfinite(value)):
             raise ValueError(f"{label}: fill must be a finite number; got {value!r}")
-        if name in ("gate", "layer"):
-            value = in_place_of(self._modules.get(name), value)
+        if name in ("gate", "layer") and value is not None:
+            title = f"the {name}"
+            value = in_place_of(self._modules.get(name), as_module(value, title))
+            value = as_branch(value, name, title)
         super().__setattr__(name, value)
 
     @property
@@ -88,16 +93,21 @@ class Settings(nn.Module):
         if not self.training:
             return
         _looked_at.add(self)
-        softmax = self.gate_returns == "logits" and getattr(self, "select", 1) != "multi_hot"
-        if not (softmax and logits.numel() and (logits >= 0).all()):
+        if self.gate_returns != "logits" or not logits.numel() or (logits < 0).any():
             return
-        if ((logits.sum(1) - 1).abs() < 1e-3).all():
-            warnings.warn(
-                f"{type(self).__name__}: the gate's logits are >= 0 and sum to 1, as probabilities "
-                "do; if they are, say gate_returns='probabilities' (or 'weights'), or the gradient "
-                "of the gate is wrong",
-                stacklevel=4,
-            )
+        if getattr(self, "select", 1) == "multi_hot":
+            if logits.numel() < _FEW or (logits > 1).any():
+                return
+            looks = "all lie in 0..1, as sigmoids do, and so choose every branch"
+        elif ((logits.sum(1) - 1).abs() < 1e-3).all():
+            looks = "are >= 0 and sum to 1, as probabilities do"
+        else:
+            return
+        warnings.warn(
+            f"{type(self).__name__}: the gate's logits {looks}; if they are probabilities, say "
+            "gate_returns='probabilities' (or 'weights'), or the gradient of the gate is wrong",
+            stacklevel=4,
+        )
 
     def _slow_forward(self, *inputs: Any, **options: Any) -> Any:
         """What torch.jit.trace calls in place of `forward`."""

@@ -360,8 +360,8 @@ def test_branches_that_cannot_be_called():
         RoutedFusion(mlp(2), [mlp(), "x"])
     with pytest.raises(TypeError, match="Branch: module must be a module or a function; got int"):
         Branch(3)
-    with pytest.raises(TypeError, match="the gate must be a module or a function; got NoneType"):
-        RoutedFusion(None, [mlp(), mlp()])
+    with pytest.raises(TypeError, match="the gate must be a module or a function; got str"):
+        RoutedFusion("gate", [mlp(), mlp()])
 
 
 def test_names_that_repeat():

@@ -473,3 +473,17 @@ def test_training_curves_with_starved_batches():
     assert routed == pytest.approx(masked, rel=1e-9)
     for a, e in zip(routed_parameters, masked_parameters, strict=True):
         assert relative_error(a, e) <= 1e-8
+
+
+def test_without_a_gate_every_call_brings_a_choice(call):
+    branches = toy(2)[1]
+    fusion, x = RoutedFusion(None, branches), samples(5)
+    choice = torch.tensor([0, 1, 1, -1, 0])
+    wanted = RoutedFusion(FixedGate(torch.zeros(5, 2)), branches)
+    assert_close(call(fusion, x, choice=choice), call(wanted, x, choice=choice))
+    for eval_mode in (False, True):
+        fusion.train(not eval_mode)
+        with pytest.raises(ValueError, match="wanted choice=, because it has no gate"):
+            call(fusion, x)
+    fusion.gate = lambda x: torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
+    assert_close(call(fusion, x), branches[1](x))

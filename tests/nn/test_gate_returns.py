@@ -308,6 +308,21 @@ def test_logits_are_no_reason_to_warn(row, kind):
     assert warned(*fusion_of(kind, row)) == 0
 
 
+@for_all_executions
+def test_sigmoids_said_to_be_logits_are_noticed(execution):
+    """They would choose every branch for every sample."""
+    gate, branches = nn.Linear(6, 3).double(), [nn.Linear(6, 2).double() for _ in range(3)]
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for squash, count in ((torch.sigmoid, 1), (torch.nn.Identity(), 0), (torch.exp, 0)):
+        fusion = RoutedFusion(
+            lambda x, squash=squash: squash(gate(x) + 0.5 - x[:, :3]),
+            branches,
+            select="multi_hot",
+            execution=execution,
+        )
+        assert warned(fusion, (x,)) == count
+
+
 def test_no_reason_to_warn():
     _, branches, x = parts(3)
     rows = torch.tensor([[0.2, 0.2, 0.3, 0.3]] * 2 + [[0.3] * 4], dtype=torch.float64)

@@ -77,11 +77,6 @@ class SkipLayer(Adaptive):
             self.gate = gate
         self.starved = starved
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "gate" and value is not None:
-            value = as_branch(value, "gate", "the gate")
-        super().__setattr__(name, value)
-
     def forward(
         self,
         x: Any,

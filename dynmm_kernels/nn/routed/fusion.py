@@ -29,6 +29,7 @@ class RoutedFusion(Adaptive):
 
     Args:
         gate: module, function or `Branch`, called like a branch; returns logits [N, B].
+            None: every call brings `choice`.
         branches: modules, functions or `Branch`es, a sequence or a dict by name. All return the
             same structure: a tensor [n, ...] or a pytree of such. Beside these, 0-dim floating
             tensors are auxiliary losses: each branch's of the rows it ran on, summed unweighted
@@ -84,7 +85,7 @@ class RoutedFusion(Adaptive):
 
     def __init__(
         self,
-        gate: Callee,
+        gate: Callee | None,
         branches: Sequence[Callee] | Mapping[str, Callee] | nn.ModuleDict,
         *,
         execution: str = "auto",
@@ -109,7 +110,9 @@ class RoutedFusion(Adaptive):
             if isinstance(branches, (Mapping, nn.ModuleDict))
             else enumerate(branches)
         )
-        self.gate = as_branch(gate, "gate", "the gate")
+        self.register_module("gate", None)
+        if gate is not None:
+            self.gate = as_branch(gate, "gate", "the gate")
         self.branches = Branches(as_branch(module, str(name)) for name, module in named)
         names = [branch.name for branch in self.branches]
         if not names:
@@ -183,7 +186,9 @@ class RoutedFusion(Adaptive):
         generator: torch.Generator | None,
     ) -> Decision:
         """Asks the gate."""
-        gate: Branch = part(self, "gate")
+        gate: Branch | None = part(self, "gate")
+        if gate is None:
+            raise ValueError("RoutedFusion: wanted choice=, because it has no gate; got None")
         own = gate.arguments(batch)
         arguments = own.whole(batch.num_rows, copied=gate.in_place)
         logits = ask(gate, arguments, own.tensors(), batch.num_rows, num_branches, batch.device)
@@ -272,6 +277,11 @@ def _obey(
         everyone, _ = forced(0, "choice", num_branches, size, device)  # checks that N is known
         like = next((t for t in batch.tensors() if t.dtype == torch.float64), everyone.float())
         return uniform(everyone.shape[0], num_branches, like)
+    if mask:
+        raise TypeError(
+            "choice must be an int or a LongTensor [N], or bools with a column for each branch, "
+            f"[N, {num_branches}]; got torch.bool {list(choice.shape)}"
+        )
     chosen, counts = forced(choice, "choice", num_branches, size, device, generator)
     if counts is not None:
         return Decision(TOP_ONE, chosen, sorting.route_counted(chosen, counts))

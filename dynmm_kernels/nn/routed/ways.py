@@ -144,6 +144,8 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
     ):
         return None
     modules, chooser = state["_modules"], state["chooser"]
+    if modules["gate"] is None:
+        return None
     branches = [*modules["branches"]._modules.values()]
     captured = state.get("captured") is not None
     if captured or state["execution"] == "routed":
