@@ -758,7 +758,7 @@ BAD_SETTINGS = [
     ("score", "maximum", ValueError, "score must be one of.*'margin'.*got 'maximum'"),
     ("score", 3, TypeError, "score must be one of.*got int"),
     ("fuse", "sum", ValueError, "fuse must be one of.*'mean'.*got 'sum'"),
-    ("fuse", sum, TypeError, "fuse must be one of.*module.*got builtin"),
+    ("fuse", 3, TypeError, "fuse must be one of.*module.*got int"),
     ("execution", "dense", ValueError, "execution must be one of.*'masked'.*got 'dense'"),
 ]
 

@@ -1,5 +1,6 @@
 """What a profile shows: each phase and each branch by its name, and nothing without a profiler."""
 
+import importlib
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dynmm_kernels import Branch, ChainedFusion, NestedFusion, RoutedFusion
+from dynmm_kernels.nn.routed import ways
 
 PREFIX = "dynmm_kernels::"
 OPS = {"route", "route_argmax", "gather_rows", "combine_rows", "row_dots"}
@@ -107,3 +109,14 @@ def test_an_exception_ends_its_range():
     fusion.branches[0].module._forward_hooks.clear()
     found = ranges(fusion, torch.randn(2, 6, dtype=torch.float64))
     assert without_route(found) == {**ONCE, **REST}
+
+
+def test_the_short_way_stays_open_to_one_process(monkeypatch):
+    """Profilers and counters of FLOPs import what shards tensors; nothing is sharded by that."""
+    importlib.import_module(ways.TENSORS)
+    taken, run_flat = [], ways.run_flat
+    monkeypatch.setattr(ways, "run_flat", lambda *given: taken.append(1) or run_flat(*given))
+    fusion = RoutedFusion(nn.Linear(4, 2), [nn.Linear(4, 3), nn.Linear(4, 3)]).eval()
+    with torch.no_grad():
+        fusion(torch.randn(5, 4))
+    assert taken

@@ -30,8 +30,10 @@ def run_everywhere(branches: Sequence[Branch], batch: Arguments, decision: Decis
 def blend_outputs(outputs: Sequence[Any], labels: Sequence[str], decision: Decision) -> Any:
     """The weighted sum of what was made of every sample; `labels` are for messages."""
     multipliers = decision.multipliers()
-    rows = (multipliers.shape[0],) * len(outputs)
-    columns, spec = checks.check_outputs(outputs, rows, labels, multipliers.device)
+    rows, device = (multipliers.shape[0],) * len(outputs), multipliers.device
+    if checks.single_tensors_fit(outputs, rows, device):
+        return decision.blend(outputs, multipliers)
+    columns, spec = checks.check_outputs(outputs, rows, labels, device)
     return tree.unflatten([decision.blend(column, multipliers) for column in columns], spec)
 
 
@@ -169,7 +171,7 @@ class Routed:
         starts = [header[b] for b in own]
         combined = [
             self._total(column)
-            if tree.is_scalar(column[0])
+            if spec is not None and tree.is_scalar(column[0])
             else movement.combine_rows(plan, column, starts, weights)
             for column in columns
         ]

@@ -15,7 +15,7 @@ from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch
 from ..decision import Decision
-from ..processes import TENSORS
+from ..processes import TENSORS, may_shard
 from ..tracing import holds_ops, refuse_routed
 from .execution import Result, Routed, run_everywhere
 from .flat import ALONE, bar_losses, run_flat
@@ -140,7 +140,7 @@ def run_short(state: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
         or state["starved"] != "skip"
         or state["outputs"] != "sum"
         or is_dynamo_compiling()
-        or TENSORS in sys.modules
+        or (TENSORS in sys.modules and may_shard())
     ):
         return None
     modules, chooser = state["_modules"], state["chooser"]
