@@ -273,6 +273,8 @@ def draw_model(draw: Draw) -> Model:
         fill=draw_fill(draw, structures) if outputs != "sum" else 0.0,
     ).train(training)
     choice = draw_choice(draw, num_rows, num_branches)
+    if choice is not None and draw.pick("gate", ("given", "none")) == "none":
+        fusion.gate = None
     model = Model(
         draw, context, num_rows, dtype, arguments, structures,
         gate, branches, fusion, choice, costs, gate_cost, by_keyword,
@@ -334,5 +336,5 @@ def add_hooks(model: Model) -> None:
         elif kind == "that change":
             branch.register_forward_hook(lambda module, arguments, output: doubled(output))
             reader.after = doubled
-    if kind == "gate":
+    if kind == "gate" and model.fusion.gate is not None:
         model.fusion.gate.register_forward_pre_hook(noting("gate"), with_kwargs=True)
