@@ -15,11 +15,12 @@ from torch import nn
 
 from ..measure.work import batch_of
 from ..nn.adaptive import Adaptive
+from ..nn.calling import joined
 from ..nn.routed.fusion import RoutedFusion
 from .options import Mistake
 
 OPTIONS: dict[str, Any] = {"batch": int, "shares": (list, tuple), "fusion": str}
-UNDERSTOOD = ("choice", "return_routing", "generator")  # that a fusion may be called with
+OF_THE_CALL = ("choice", "return_routing", "generator")  # what a fusion does not pass on
 
 
 class Made(NamedTuple):
@@ -159,9 +160,4 @@ def fusion_inputs(
     arguments, named = calls[0]
     if named.get("choice") is not None:
         raise Mistake(f"the model calls {name!r} with a choice; what its gate decides is measured")
-    if other := [key for key in named if key not in UNDERSTOOD]:
-        raise Mistake(
-            f"the model calls {name!r} with {', '.join(other)} by keyword; only positional inputs "
-            "can be measured"
-        )
-    return arguments
+    return joined(arguments, {key: x for key, x in named.items() if key not in OF_THE_CALL})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..functional import tree
 from ..nn.arguments import Arguments
 from ..nn.branch import Branch, Branches
+from ..nn.calling import joined
 from ..nn.chooser import Chooser
 from ..nn.routed.fusion import RoutedFusion
 from ..nn.rules import rule_of
@@ -59,8 +60,8 @@ class PlannedGate(nn.Module):
         self.gate = gate
         self.planned = planned
 
-    def forward(self, *inputs: Any) -> Tensor:
-        real = self.gate(*inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        real = self.gate(*inputs, **named)
         planned = self.planned.to(real)
         return planned + (real - real.detach()) if real.requires_grad else planned
 
@@ -89,8 +90,8 @@ class Free(nn.Module):
         self.train(branch.training)
         self.norm.train(any(norm.training for norm in branch.norms))
 
-    def forward(self, *inputs: Any) -> Any:
-        arguments = tree.flatten(inputs)[0]
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        arguments = tree.flatten(joined(inputs, named))[0]
         rows = arguments[self.at].shape[0]
         leaves = [leaf[:rows] if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         if torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from dynmm_kernels.measure.profiling import Check, Profile
 MODELS = """
 import torch
 from torch import nn
-from dynmm_kernels import NestedFusion, RoutedFusion
+from dynmm_kernels import Branch, NestedFusion, RoutedFusion
 
 def fusion():
     return RoutedFusion(nn.Linear(6, 2), {"text": nn.Linear(6, 4), "both": nn.Linear(6, 4)})
@@ -32,11 +32,30 @@ class Net(nn.Module):
         x = self.stem(x)
         return [part(x, **self.options) for part in self.parts][:1]
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Linear(6, 4)
+
+    def forward(self, *, ids, mask):
+        return self.own(ids) * mask
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        text = Branch(nn.Linear(6, 4), inputs={"input": "ids"})
+        gate = Branch(nn.Linear(6, 2), inputs="ids")
+        self.fusion = RoutedFusion(gate, {"text": text, "both": Words()})
+
+    def forward(self, x):
+        return self.fusion(ids=x, mask=torch.ones(len(x), 1))
+
 x = torch.randn(8, 6)
 
 def whole(): return fusion(), x
 def given(): return fusion(), (x,), {"shares": [0.75, 0.25], "batch": 6}
 def inside(): return Net(), (x,)
+def named(): return Named(), (x,), {"shares": [0.5, 0.5]}
 def two(): return Net(2), (x,)
 def none(): return nn.Linear(6, 4), (x,)
 def forced(): return Net(choice=torch.zeros(8, dtype=torch.long)), (x,)
@@ -155,6 +174,12 @@ def test_profile_of_a_fusion_inside_a_model(capsys, models):
         capsys, "profile", "their_models:two", "--fusion=parts.1", "--training", *QUICK
     )["profiles"]
     assert profile["gate_grad"] == "straight_through"
+
+
+def test_profile_of_a_fusion_that_is_called_by_keyword(capsys, models):
+    found = parsed(capsys, "profile", "their_models:named", *QUICK)
+    assert found["fusion"] == "fusion"
+    assert [profile["kind"] for profile in found["profiles"]] == ["forward", "training"]
 
 
 MISTAKES = {
