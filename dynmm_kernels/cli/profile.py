@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # Else torch's profiler tells stderr whenever it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     made = make(arguments.factory)

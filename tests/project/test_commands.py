@@ -1,8 +1,11 @@
 """The commands as a user types them: help, JSON, mistakes, and the words of `profile`."""
 
 import json
+import os
+import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +177,20 @@ def test_profile_of_a_fusion_inside_a_model(capsys, models):
         capsys, "profile", "their_models:two", "--fusion=parts.1", "--training", *QUICK
     )["profiles"]
     assert profile["gate_grad"] == "straight_through"
+
+
+def test_profile_says_nothing_but_its_own_words(models):
+    """Torch's profiler would, as soon as it starts in a process."""
+    words = ["profile", "their_models:given", "--eval", *QUICK]
+    ran = subprocess.run(
+        [sys.executable, "-m", "dynmm_kernels", *words],
+        env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "EVAL" in ran.stdout
+    assert "profiler" not in ran.stderr
 
 
 def test_profile_of_a_fusion_that_is_called_by_keyword(capsys, models):
