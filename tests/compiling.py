@@ -5,6 +5,7 @@ import copy
 import torch
 from models import FEATURES, backward, mlp
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import one_hot
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +13,10 @@ from dynmm_kernels import Branch, RoutedFusion
 
 N, BRANCHES = 9, 3
 GATE_GRADS = ["none", "selected", "straight_through"]
+
+
+# In torch 2.10 Inductor takes a part of fused attention in fp64 for fp32.
+ATTENTION = [SDPBackend.MATH, *[SDPBackend.FLASH_ATTENTION] * (torch.__version__ >= "2.11")]
 
 
 class Counted:

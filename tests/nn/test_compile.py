@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from compiling import (
+    ATTENTION,
     BRANCHES,
     GATE_GRADS,
     Counted,
@@ -19,7 +20,7 @@ from compiling import (
 )
 from models import FEATURES, backward, mlp
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dynmm_kernels import (
@@ -54,12 +55,8 @@ def test_routed_eval():
 @pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.parametrize("training", [False, True])
 def test_inductor(training):
-    """Its default layout of convolutions is wrong for a number of rows it is not told.
-
-    So is, in torch 2.10, what it expects of fused attention in fp64.
-    """
-    attention = [SDPBackend.MATH, *[SDPBackend.FLASH_ATTENTION] * (torch.__version__ >= "2.11")]
-    with torch._inductor.config.patch(layout_optimization=False), sdpa_kernel(attention):
+    """Its default layout of convolutions is wrong for a number of rows it is not told."""
+    with torch._inductor.config.patch(layout_optimization=False), sdpa_kernel(ATTENTION):
         fusion = unlike().train(training)
         check(fusion, map(modalities, splits(12)), 1e-7, backend="inductor")
 

@@ -5,9 +5,10 @@ Plain torch, without this library, on a number of rows that the graph is not tol
 
 import pytest
 import torch
-from compiling import check, modalities, splits, unlike
+from compiling import ATTENTION, check, modalities, splits, unlike
 from torch import nn
 from torch.export import Dim
+from torch.nn.attention import sdpa_kernel
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -85,6 +86,8 @@ def test_packages_do_not_see_it(switched, tmp_path):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("of", ["images", "weights"])
 def test_the_switch_serves_channels_last(of, training):
+    if training and torch.__version__ < "2.11":
+        pytest.skip("torch 2.10 stops in the backward pass of the convolution, switch or not")
     fusion = unlike(execution="routed").train(training)
     if of == "weights":
         fusion.branches[2].to(memory_format=CHANNELS_LAST)
@@ -95,7 +98,7 @@ def test_the_switch_serves_channels_last(of, training):
             x["image"] = x["image"].contiguous(memory_format=CHANNELS_LAST)
         return x
 
-    with torch._inductor.config.patch(SWITCH):
+    with torch._inductor.config.patch(SWITCH), sdpa_kernel(ATTENTION):
         check(fusion, map(made, splits(6)), 1e-7, backend="inductor")
 
 
@@ -109,6 +112,7 @@ class Attending(nn.Module):
         return self.own(x, x, x, need_weights=False)[0].transpose(0, 1)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="not always in torch 2.10")
 @pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.parametrize("least", [1, 2])
 def test_attention_takes_one_row_at_least_for_one(least):
@@ -131,14 +135,11 @@ def test_attention_takes_one_row_at_least_for_one(least):
 def test_the_fast_path_of_transformers_has_no_shapes():
     model = First(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval()
     x, n = torch.randn(ROWS, 5, 4), torch.tensor(3)
+    torch.backends.mha.set_fastpath_enabled(True)  # which `fresh_dynamo` puts back
     with pytest.raises(Exception, match="transformer_encoder_layer"), torch.no_grad():
         torch.compile(model, backend="aot_eager", fullgraph=True)(x, n)
     torch._dynamo.reset()
-    enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            actual = torch.compile(model, backend="aot_eager", fullgraph=True)(x, n)
-            torch.testing.assert_close(actual, model(x, n))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    with torch.no_grad():
+        actual = torch.compile(model, backend="aot_eager", fullgraph=True)(x, n)
+        torch.testing.assert_close(actual, model(x, n))
