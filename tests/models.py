@@ -16,6 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 FEATURES = 6
 MODES = ["masked", "routed", "auto"]
+CHOICES = {
+    "mixed": [0, 2, 1, 0, 2, 2, 1],
+    "branch 1 starved": [0, 2, 0, 0, 2],
+    "all to one": [1, 1, 1, 1],
+    "one row": [2],
+}
+GATE_GRADS = ["straight_through", "selected", "none"]
+
+
+def samples(n: int, features: int = FEATURES, dtype=torch.float64) -> Tensor:
+    return torch.randn(n, features, dtype=dtype)
 
 
 def mlp(outputs: int = 3, features: int = FEATURES, dtype: torch.dtype = torch.float64):

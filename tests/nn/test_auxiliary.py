@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compiling import GATE_GRADS, Counted, assert_agree, splits
+from compiling import GATE_GRADS, Counted, Steered, assert_agree, splits
 from models import FEATURES, Function, backward, choosing, hard_weights, mlp
 from torch import Tensor, nn
 
@@ -178,16 +178,6 @@ def test_stacks_and_combine_refuse_a_loss():
     plan = route(torch.tensor([0, 1]), 2)
     with pytest.raises(ValueError, match="branch 0: output 1 must be a tensor of shape"):
         combine(plan, [(torch.ones(1, 2), torch.ones(())) for _ in range(2)])
-
-
-class Steered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.own = mlp(BRANCHES)
-
-    def forward(self, x, steer):
-        real = self.own(x)
-        return real - real.detach() + steer
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from models import (
+    CHOICES,
     FEATURES,
+    GATE_GRADS,
     MODES,
     Calls,
     FixedGate,
@@ -19,23 +21,12 @@ from models import (
     masked_fusion,
     mlp,
     relative_error,
+    samples,
     toy,
 )
 from torch import Tensor
 
 from dynmm_kernels import Branch, RoutedFusion, Routing, resource_loss
-
-CHOICES = {
-    "mixed": [0, 2, 1, 0, 2, 2, 1],
-    "branch 1 starved": [0, 2, 0, 0, 2],
-    "all to one": [1, 1, 1, 1],
-    "one row": [2],
-}
-GATE_GRADS = ["straight_through", "selected", "none"]
-
-
-def samples(n: int, features: int = FEATURES, dtype=torch.float64) -> Tensor:
-    return torch.randn(n, features, dtype=dtype)
 
 
 def zero_gradient(parameter: Tensor) -> bool:

@@ -5,7 +5,9 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 from models import (
+    CHOICES,
     FEATURES,
+    GATE_GRADS,
     MODES,
     FixedGate,
     Function,
@@ -18,24 +20,13 @@ from models import (
     choosing,
     masked_fusion,
     mlp,
+    samples,
     toy,
 )
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynmm_kernels import Branch, Lazy, RoutedFusion, Shared, ops
-
-CHOICES = {
-    "mixed": [0, 2, 1, 0, 2, 2, 1],
-    "branch 1 starved": [0, 2, 0, 0, 2],
-    "all to one": [1, 1, 1, 1],
-    "one row": [2],
-}
-GATE_GRADS = ["straight_through", "selected", "none"]
-
-
-def samples(n: int, features: int = FEATURES, dtype=torch.float64) -> Tensor:
-    return torch.randn(n, features, dtype=dtype)
 
 
 class Mixture(nn.Module):

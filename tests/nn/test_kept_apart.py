@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compiling import Counted, assert_agree, splits
+from compiling import Counted, Steered, assert_agree, splits
 from models import FEATURES, FixedGate, Function, Planned, backward, choosing, hard_weights, mlp
 from torch import Tensor, nn
 
@@ -350,16 +350,6 @@ def test_autocast(kind, execution, learns):
         assert [part.dtype for part in out.values()] == [torch.bfloat16, torch.float32]
     else:
         assert out.dtype == torch.float32
-
-
-class Steered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.own = mlp(BRANCHES)
-
-    def forward(self, x, steer):
-        real = self.own(x)
-        return real - real.detach() + steer
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -6,7 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from models import (
+    CHOICES,
     FEATURES,
+    GATE_GRADS,
     MODES,
     Calls,
     Function,
@@ -19,23 +21,12 @@ from models import (
     hard_weights,
     masked_fusion,
     mlp,
+    samples,
     toy,
 )
 from torch import Tensor, nn
 
 from dynmm_kernels import Branch, RoutedFusion, resource_loss
-
-CHOICES = {
-    "mixed": [0, 2, 1, 0, 2, 2, 1],
-    "branch 1 starved": [0, 2, 0, 0, 2],
-    "all to one": [1, 1, 1, 1],
-    "one row": [2],
-}
-GATE_GRADS = ["straight_through", "selected", "none"]
-
-
-def samples(n: int, features: int = FEATURES, dtype=torch.float64) -> Tensor:
-    return torch.randn(n, features, dtype=dtype)
 
 
 @pytest.mark.parametrize("gate_grad", GATE_GRADS)
