@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import sorting, tree
-from ...functional.plan import RoutingPlan
 from ..adaptive import FORWARD, NO_GATE, Adaptive, hindrance, run_faster
 from ..arguments import Arguments
 from ..branch import Branch, Branches, as_branch, part
 from ..calling import Callee, joined
+from ..deciding import by_depth, decide
 from ..decision import Decision, forced, uniform
 from ..gates import ask
 from ..processes import MASK_ALL, may_shard, refuse_sharded
@@ -22,7 +22,6 @@ from ..routing import DepthRouting
 from ..rules import DEPTH_RULES, TOP_ONE, Rule
 from ..stacks.stage import make_stages
 from ..tracing import refuse_routed
-from .deciding import decide
 from .leaving import Exits
 
 
@@ -182,11 +181,7 @@ class EarlyExit(Adaptive):
         rule: Rule = DEPTH_RULES[self.gate_returns]
         if self.draws:
             rule, logits = rule.draw(logits, generator)
-
-        def sort(given: Tensor) -> tuple[Tensor, RoutingPlan]:
-            depth = rule.choose(given)
-            return depth, sorting.route_descending(depth, num_depths)
-
+        sort = by_depth(rule, num_depths)
         learns, dense = self.learns(logits), self.execution == "dense"
         return decide(self, rule, logits, sort, learns=learns, reports=reports, dense=dense)
 

@@ -13,13 +13,13 @@ from ..adaptive import Adaptive
 from ..arguments import Arguments
 from ..branch import Branch, as_branch, part
 from ..calling import Callee, joined
+from ..deciding import decide
 from ..decision import Decision, forced
 from ..gates import ask
 from ..processes import RUN_ALL, may_shard, refuse_sharded
 from ..routed import ways
 from ..routing import Routing
 from ..rules import TOP_ONE, OneWeight, rule_of
-from .deciding import decide
 from .skipping import SKIP, Skipping
 
 _WAYS = ways.SUMMED._replace(routed=Skipping)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
-from ...functional import checks, sorting
 from ..branch import as_branch, part
 from ..calling import Callee
-from ..decision import Decision
+from ..deciding import by_depth, decide
 from .current import Pass
 from .stack import StackFusion
 
@@ -94,17 +92,12 @@ class NestedFusion(StackFusion):
         num_depths, gate = len(current.cells) + 1, part(self, "gate")
         rule, logits = self._ask(gate, *current.inputs, num_depths, current)
         current.gate_cost = gate.cost or 0.0
-        learns = self.learns(logits)
-        if self.execution == "dense":
-            checks.check_defined(logits, rule.undefined(logits), wanted=rule.wanted)
-            current.decision = Decision(rule, probs=rule.probs(logits, self.temperature))
+        sort = by_depth(rule, num_depths)
+        learns, dense = self.learns(logits), self.execution == "dense"
+        current.decision = decide(
+            self, rule, logits, sort, learns=learns, reports=current.reports, dense=dense
+        )
+        if dense:
             self._run_dense(current)
-            return
-        depth = rule.choose(logits)
-        plan = sorting.route_descending(depth, num_depths)
-        plan.prefetch(partial(checks.check_faults, logits, wanted=rule.wanted))
-        reads = learns or current.reports
-        probs = rule.probs(logits, self.temperature) if reads else None
-        grad = self.gate_grad if learns else None
-        current.decision = Decision(rule, depth, plan, probs, grad=grad)
-        self._run_to_depth(current)
+        else:
+            self._run_to_depth(current)

@@ -7,13 +7,23 @@ from functools import partial
 
 from torch import Tensor
 
-from ...functional import checks
-from ...functional.plan import RoutingPlan
-from ..decision import Decision
-from ..rules import Rule
-from ..settings import Settings
+from ..functional import checks, sorting
+from ..functional.plan import RoutingPlan
+from .decision import Decision
+from .rules import Rule
+from .settings import Settings
 
 Sort = Callable[[Tensor], tuple[Tensor, RoutingPlan]]
+
+
+def by_depth(rule: Rule, num_depths: int) -> Sort:
+    """The depth that the rule chooses, and samples sorted by it, the deepest first."""
+
+    def sort(given: Tensor) -> tuple[Tensor, RoutingPlan]:
+        depth = rule.choose(given)
+        return depth, sorting.route_descending(depth, num_depths)
+
+    return sort
 
 
 def decide(
